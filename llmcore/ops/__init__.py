@@ -1,0 +1,13 @@
+"""The operators: what each one means, and which kernel runs it.
+
+Every op is one module that holds its maths, its plain-PyTorch reference, its argument checks, its fake implementation,
+its backward and its kernels' entry points. The function is exported under the module's name, so importing is eager.
+"""
+
+from llmcore.ops._dispatch import BACKENDS, Op, backend, registry
+from llmcore.ops.apply_rotary import apply_rotary
+from llmcore.ops.attention import attention
+from llmcore.ops.rms_norm import rms_norm
+from llmcore.ops.swiglu import swiglu
+
+__all__ = ["BACKENDS", "Op", "apply_rotary", "attention", "backend", "registry", "rms_norm", "swiglu"]

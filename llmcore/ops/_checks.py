@@ -1,0 +1,47 @@
+"""Argument checks: each raises one sentence with the argument's name, what was given and what is allowed."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def is_tensor(op: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, but a {type(value).__name__} was given.")
+
+
+def floating(op: str, name: str, tensor: Tensor) -> None:
+    is_tensor(op, name, tensor)
+    if tensor.dtype not in FLOATS:
+        allowed = ", ".join(map(name_of, FLOATS))
+        raise TypeError(f"{op}: {name} has dtype {name_of(tensor.dtype)}; allowed: {allowed}.")
+
+
+def rank(op: str, name: str, tensor: Tensor, dims: str, count: int) -> None:
+    if tensor.dim() != count:
+        raise ValueError(f"{op}: {name} must be {dims}, but its shape is {tuple(tensor.shape)}.")
+
+
+def shape(op: str, name: str, tensor: Tensor, dims: str, expected: Sequence[int]) -> None:
+    if tuple(tensor.shape) != tuple(expected):
+        raise ValueError(f"{op}: {name} must be {dims} = {tuple(expected)}, but its shape is {tuple(tensor.shape)}.")
+
+
+def like(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor, *, dtype: bool = True) -> None:
+    """tensor lives on other's device and, when `dtype`, has its dtype."""
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{op}: {name} is on {tensor.device}, but {other_name} is on {other.device}; both must be on one device."
+        )
+    if dtype and tensor.dtype != other.dtype:
+        raise TypeError(
+            f"{op}: {name} has dtype {name_of(tensor.dtype)}, but {other_name} has {name_of(other.dtype)}; "
+            "both must have the same dtype."
+        )

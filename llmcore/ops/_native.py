@@ -1,0 +1,40 @@
+"""What every op needs to call the C++ and CUDA kernels: raw pointers, dtype codes, rows."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmcore import _extension
+
+DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def ptr(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def code(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else DTYPE_CODE[tensor.dtype]
+
+
+def module(backend: str) -> Any:
+    return _extension.cpu() if backend == "cpu" else _extension.cuda()
+
+
+def stream(backend: str, tensor: Tensor) -> tuple[int, ...]:
+    """The trailing argument of a CUDA launcher; the CPU's take none."""
+    return () if backend == "cpu" else (torch.cuda.current_stream(tensor.device).cuda_stream,)
+
+
+def unit_stride(tensor: Tensor) -> Tensor:
+    """The tensor itself when its last dimension is contiguous, otherwise a copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """(..., C) as (rows, C) with a contiguous last dimension: a view where the strides allow it, otherwise a copy."""
+    if tensor.dim() != 2:
+        tensor = tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+    return unit_stride(tensor)
