@@ -1,0 +1,216 @@
+"""Decoder: a causal transformer in Llama's form, with Llama's parameter names and initialisation.
+
+Touvron et al., "LLaMA", 2023 (arXiv:2302.13971). Each block:
+    x = x + attention(rms_norm(x))      x = x + swiglu(rms_norm(x))
+The additions run inside the next norm: a block hands on its last output and the residual stream, still apart.
+
+B batch, T time, C hidden size, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmcore.models.config import ModelConfig
+from llmcore.models.generation import generate_tokens
+from llmcore.nn import Attention, KVCache, RMSNorm, RotaryEmbedding, SwiGLU
+
+
+@dataclass
+class DecoderOutput:
+    """logits (B, T, V), None when the loss was asked for; loss: mean over targets, a float32 scalar, or None."""
+
+    logits: Tensor | None = None
+    loss: Tensor | None = None
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        C = config.hidden_size
+        self.self_attn = Attention(
+            C, config.num_attention_heads, config.num_key_value_heads, config.head_dim, layer=layer
+        )
+        self.mlp = SwiGLU(C, config.intermediate_size)
+        self.input_layernorm = RMSNorm(C, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(C, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        rotary: RotaryEmbedding,
+        positions: Tensor | None,
+        cache: KVCache | None,
+    ) -> tuple[Tensor, Tensor]:
+        """x: the last sublayer's output, residual: the stream before it (None in the first layer) -> the same pair."""
+        if residual is None:
+            y, residual = self.input_layernorm(x), x
+        else:
+            y, residual = self.input_layernorm(x, residual)
+        x = self.self_attn(y, rotary, positions, cache)
+        y, residual = self.post_attention_layernorm(x, residual)
+        return self.mlp(y), residual
+
+
+class Backbone(nn.Module):
+    """Embedding, blocks and the final norm: token ids (B, T) -> hidden states (B, T, C)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        assert config.head_dim is not None
+        self.rotary = RotaryEmbedding(config.head_dim, config.max_position_embeddings, config.rope_theta)
+
+    def forward(self, input_ids: Tensor, positions: Tensor | None, cache: KVCache | None) -> Tensor:
+        x, residual = self.embed_tokens(input_ids), None
+        for layer in self.layers:
+            x, residual = layer(x, residual, self.rotary, positions, cache)
+        y, _ = self.norm(x, residual)
+        return y
+
+
+class Decoder(nn.Module):
+    """The language model. Parameters are named as in Hugging Face's Llama."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.reset_parameters()
+        self.tie_weights()
+
+    def reset_parameters(self) -> None:
+        """Normal weights of standard deviation initializer_range, norms at one."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
+            elif isinstance(module, RMSNorm):
+                nn.init.constant_(module.weight, 1.0 - module.weight_offset)
+
+    def reset_buffers(self, device: torch.device) -> None:
+        """Computes the rotary tables again, on `device`: after a model was built on the meta device."""
+        self.model.rotary.reset_buffers(device)
+
+    def tie_weights(self) -> None:
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        targets: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> DecoderOutput:
+        """Logits of the next token, or the mean loss.
+
+        Args:
+            input_ids: (B, T) integer tokens.
+            targets: (B, T), already shifted (targets[t] follows input_ids[t]); -100 is ignored.
+            positions: (B, T) or (T,); counted from the cache's length when None.
+            cache: holds the earlier tokens; it is extended by these.
+            cu_seqlens: packed documents, not supported yet.
+
+        Returns:
+            logits without targets, otherwise loss (float32) with logits None.
+        """
+        self._check(input_ids, targets, cu_seqlens, cache)
+        if cache is not None and positions is None:
+            positions = torch.arange(cache.length, cache.length + input_ids.shape[1], device=input_ids.device)
+        x = self.model(input_ids, positions, cache)
+        if cache is not None:
+            cache.length += input_ids.shape[1]
+        logits = self.lm_head(x)
+        if targets is None:
+            return DecoderOutput(logits=logits)
+        loss = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten().long(), ignore_index=-100)
+        return DecoderOutput(loss=loss)
+
+    def _check(
+        self, input_ids: Tensor, targets: Tensor | None, cu_seqlens: Tensor | None, cache: KVCache | None
+    ) -> None:
+        if cu_seqlens is not None:
+            raise NotImplementedError("Decoder: cu_seqlens (packed documents) is not supported yet; allowed: None.")
+        if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"Decoder: input_ids must be (B, T) of int64 or int32, "
+                f"but it is {tuple(input_ids.shape)} of {str(input_ids.dtype).removeprefix('torch.')}."
+            )
+        if targets is not None and targets.shape != input_ids.shape:
+            raise ValueError(
+                f"Decoder: targets must have input_ids' shape {tuple(input_ids.shape)}, but it is {tuple(targets.shape)}."
+            )
+        length = input_ids.shape[1] + (0 if cache is None else cache.length)
+        if length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"Decoder: {length} tokens were given; allowed: max_position_embeddings = "
+                f"{self.config.max_position_embeddings}."
+            )
+
+    def new_cache(self, batch_size: int, max_length: int, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty KV cache for this model; dtype is the weights' when None."""
+        weight = self.lm_head.weight
+        c = self.config
+        assert c.num_key_value_heads is not None and c.head_dim is not None
+        return KVCache(
+            c.num_hidden_layers, batch_size, max_length, c.num_key_value_heads, c.head_dim,
+            dtype=dtype or weight.dtype, device=weight.device,
+        )  # fmt: skip
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        no_repeat_ngram_size: int = 0,
+        eos_token_id: int | None = None,
+        stream: bool = False,
+    ) -> Tensor | Iterator[Tensor]:
+        """Continues input_ids (B, T) by up to max_new_tokens, with a KV cache.
+
+        Args:
+            temperature: divides the logits; 0 is greedy.
+            top_k, top_p: sample only from the k likeliest tokens, from the likeliest of total probability p.
+            repetition_penalty: above 1 makes tokens already present less likely (Keskar et al., 2019).
+            no_repeat_ngram_size: no n-gram of this size occurs twice; 0 allows all.
+            eos_token_id: a row that emits it is finished and padded with it.
+            stream: return an iterator over the new tokens, (B,) each, instead.
+
+        Returns:
+            (B, T + new) prompt and new tokens.
+        """
+        self._check(input_ids, None, None, None)
+        tokens = generate_tokens(
+            self, input_ids, max_new_tokens, temperature, top_k, top_p, repetition_penalty, no_repeat_ngram_size,
+            eos_token_id,
+        )  # fmt: skip
+        if stream:
+            return tokens
+        return torch.cat([input_ids, *(t[:, None] for t in tokens)], 1)
+
+    def num_parameters(self) -> int:
+        """Number of parameters, shared ones counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, sequence_length: int, training: bool = True) -> float:
+        """Model FLOPs per token; see ModelConfig.flops_per_token."""
+        return self.config.flops_per_token(sequence_length, training)
+
+
+def build(config: ModelConfig) -> Decoder:
+    """The model that `config` describes, freshly initialised from PyTorch's random state."""
+    if not isinstance(config, ModelConfig):
+        raise TypeError(f"build: config must be a ModelConfig, but a {type(config).__name__} was given.")
+    return Decoder(config)

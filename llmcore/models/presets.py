@@ -1,0 +1,35 @@
+"""Named model sizes. Fields that are not named here keep ModelConfig's defaults."""
+
+from typing import Any
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # A byte-level model that two CPU cores train in minutes.
+    "tiny": dict(
+        vocab_size=256, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=1024, tie_word_embeddings=False,
+    ),
+    "test_small": dict(
+        vocab_size=32000, hidden_size=512, intermediate_size=1536, num_hidden_layers=10, num_attention_heads=8,
+        max_position_embeddings=2048, tie_word_embeddings=True,
+    ),
+    "1b_transformer": dict(
+        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
+        num_key_value_heads=4, max_position_embeddings=4096,
+    ),
+    "2b_transformer": dict(
+        vocab_size=32000, hidden_size=2560, intermediate_size=6912, num_hidden_layers=28, num_attention_heads=20,
+        num_key_value_heads=5, max_position_embeddings=4096,
+    ),
+    "3b_transformer": dict(
+        vocab_size=32000, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
+        num_key_value_heads=8, max_position_embeddings=4096,
+    ),
+    "4b_transformer": dict(
+        vocab_size=32000, hidden_size=3072, intermediate_size=10240, num_hidden_layers=32, num_attention_heads=24,
+        num_key_value_heads=8, max_position_embeddings=4096,
+    ),
+    "7b_transformer": dict(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+        max_position_embeddings=4096,
+    ),
+}  # fmt: skip

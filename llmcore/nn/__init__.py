@@ -1,0 +1,9 @@
+"""Modules built on `llmcore.ops`: they own parameters and call ops, and know nothing of backends."""
+
+from llmcore.nn.attention import Attention
+from llmcore.nn.kv_cache import KVCache
+from llmcore.nn.rms_norm import RMSNorm
+from llmcore.nn.rotary_embedding import RotaryEmbedding
+from llmcore.nn.swiglu import SwiGLU
+
+__all__ = ["Attention", "KVCache", "RMSNorm", "RotaryEmbedding", "SwiGLU"]
