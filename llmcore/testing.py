@@ -1,0 +1,153 @@
+"""How llmcore decides that a kernel is right: one rule, for tests and benchmarks alike.
+
+Each output and each gradient is compared with the float64 reference on the same inputs. The allowed error is not a
+number someone chose but what plain PyTorch makes in the same dtype: with e the exact value, p plain PyTorch's and a the
+kernel's,
+    |a - e| <= 2 max|p - e| + 2 ulp(e)   for every element,      rms(a - e) <= 2 rms(p - e) + ulp(rms(e)) / 2.
+Outputs are filled with NaN before a kernel runs, so that an element it forgets is seen.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+Values = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Errors of one output or gradient: the kernel's and the allowed, worst element and root mean square."""
+
+    name: str
+    worst: float
+    worst_allowed: float
+    rms: float
+    rms_allowed: float
+
+    @property
+    def ok(self) -> bool:
+        return self.worst <= self.worst_allowed and self.rms <= self.rms_allowed
+
+    def __str__(self) -> str:
+        verdict = "ok" if self.ok else "WRONG"
+        return (
+            f"{self.name}: {verdict}, worst error {self.worst:.3g} (allowed {self.worst_allowed:.3g}), "
+            f"rms {self.rms:.3g} (allowed {self.rms_allowed:.3g})"
+        )
+
+
+def compare(name: str, actual: Tensor, plain: Tensor, exact: Tensor) -> Comparison:
+    """Holds `actual` against `exact` (float64), allowing twice `plain`'s error and a few ulp of actual's dtype.
+
+    Infinities and NaN of `exact` must stand at the same places in `actual`. Raises AssertionError for another shape.
+    """
+    if actual.shape != exact.shape:
+        raise AssertionError(f"{name}: shape {tuple(actual.shape)} instead of {tuple(exact.shape)}")
+    if exact.numel() == 0:
+        return Comparison(name, 0.0, 0.0, 0.0, 0.0)
+    limits = torch.finfo(actual.dtype)
+    a, p, e = (t.detach().double().cpu() for t in (actual, plain, exact))
+    finite = e.isfinite()
+    if not torch.equal(a.masked_fill(finite, 0).nan_to_num(nan=0.5), e.masked_fill(finite, 0).nan_to_num(nan=0.5)):
+        return Comparison(f"{name} (infinities)", float("inf"), 0.0, float("inf"), 0.0)
+    a, p, e = (t.masked_fill(~finite, 0) for t in (a, p, e))
+    error, plain_error = (a - e).abs(), (p - e).abs()
+    ulp = limits.eps * e.abs() + limits.eps * limits.smallest_normal
+    excess = error - 2 * ulp
+    worst = int(excess.nan_to_num(nan=float("inf")).argmax())
+    rms = error.square().mean().sqrt().item()
+    rms_allowed = 2 * plain_error.square().mean().sqrt() + ulp.square().mean().sqrt() / 2
+    return Comparison(
+        name,
+        error.flatten()[worst].nan_to_num(nan=float("inf")).item(),
+        (2 * plain_error.max() + 2 * ulp.flatten()[worst]).item(),
+        float("inf") if rms != rms else rms,
+        rms_allowed.item(),
+    )
+
+
+def evaluate(function: Callable[..., Any], inputs: dict[str, Any], cotangents: Sequence[Tensor] | None) -> Values:
+    """The outputs of function(**inputs) and, when cotangents are given, the gradients of its floating-point inputs.
+
+    Inputs that require a gradient get one; an output whose cotangent is None takes no part in the backward.
+    """
+    leaves = {
+        n: t.detach().requires_grad_() for n, t in inputs.items() if isinstance(t, Tensor) and t.requires_grad
+    }
+    result = function(**{**inputs, **leaves})
+    outputs = result if isinstance(result, tuple) else (result,)
+    values = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
+    if cotangents is None or not leaves:
+        return values
+    pairs = [(o, c.to(o.dtype)) for o, c in zip(outputs, cotangents, strict=True) if c is not None]
+    gradients = torch.autograd.grad([o for o, _ in pairs], list(leaves.values()), [c for _, c in pairs], allow_unused=True)
+    for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+        values[f"gradient of {name}"] = torch.zeros_like(leaf) if gradient is None else gradient
+    return values
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Inside the block, memory that PyTorch hands out uninitialised holds NaN."""
+
+    def filled(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def allocate_and_fill(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return allocate_and_fill
+
+    with (
+        mock.patch.object(torch, "empty", filled(torch.empty)),
+        mock.patch.object(torch, "empty_like", filled(torch.empty_like)),
+        mock.patch.object(Tensor, "new_empty", filled(Tensor.new_empty)),
+    ):
+        yield
+
+
+def widen(value: Any) -> Any:
+    """Floating-point tensors in float64, everything else as it is."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().double().requires_grad_(value.requires_grad)
+    return value
+
+
+def verify(
+    function: Callable[..., Any], reference: Callable[..., Any], inputs: dict[str, Any], *, backward: bool = True, seed: int = 0
+) -> list[Comparison]:
+    """Runs `function` (poisoned), `reference` in the same dtypes and `reference` in float64; compares all they give.
+
+    Args:
+        inputs: keyword arguments; tensors that require a gradient are differentiated.
+        backward: also compare gradients, for random cotangents drawn from `seed`.
+    """
+    wide_inputs = {name: widen(value) for name, value in inputs.items()}
+    plain_outputs = evaluate(reference, inputs, None)
+    generator = torch.Generator().manual_seed(seed)
+    cotangents = None
+    if backward:
+        cotangents = [
+            torch.randn(o.shape, generator=generator).to(device=o.device, dtype=o.dtype) for o in plain_outputs.values()
+        ]
+    exact = evaluate(reference, wide_inputs, cotangents)
+    plain = evaluate(reference, inputs, cotangents)
+    with poisoned():
+        actual = evaluate(function, inputs, cotangents)
+    for name in exact:
+        if actual[name].dtype != plain[name].dtype:
+            raise AssertionError(f"{name}: dtype {actual[name].dtype} instead of {plain[name].dtype}")
+    return [compare(name, actual[name], plain[name], exact[name]) for name in exact]
+
+
+def assert_accurate(
+    function: Callable[..., Any], reference: Callable[..., Any], inputs: dict[str, Any], *, backward: bool = True, seed: int = 0
+) -> None:
+    """`verify`, raising AssertionError with the offending comparisons."""
+    wrong = [str(c) for c in verify(function, reference, inputs, backward=backward, seed=seed) if not c.ok]
+    if wrong:
+        raise AssertionError("\n".join(wrong))

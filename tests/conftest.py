@@ -1,0 +1,51 @@
+"""Which backends a test session can prove.
+
+A plain session runs every backend that runs on this machine. With TRITON_INTERPRET=1 (tests/test_interpreted.py starts such
+a session, because one process cannot both interpret and compile) tests/ops runs the Triton kernels in the interpreter.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    import triton_interpreter
+
+    triton_interpreter.install()
+
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+settings.register_profile(
+    "llmcore", max_examples=8 if INTERPRETED else 40, deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)  # fmt: skip
+settings.load_profile("llmcore")
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def backends(op: str) -> list[str]:
+    """The backends to prove for `op` in this session; those that cannot run here are listed by `llmcore doctor`."""
+    from llmcore.ops._dispatch import missing
+
+    if INTERPRETED:
+        return ["triton"]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return [b for b in ("triton", "cuda", "cpu", "torch") if missing(op, b, device) is None]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test with an argument `backend` runs once for each; its module's OP names the op."""
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", backends(metafunc.module.OP))
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
