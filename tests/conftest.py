@@ -42,7 +42,7 @@ def backends(op: str) -> list[str]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test with an argument `backend` runs once for each; its module's OP names the op."""
-    if "backend" in metafunc.fixturenames:
+    if "backend" in metafunc.fixturenames and hasattr(metafunc.module, "OP"):
         metafunc.parametrize("backend", backends(metafunc.module.OP))
 
 

@@ -10,7 +10,6 @@ from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 P = ParamSpec("P")
 R_co = TypeVar("R_co", covariant=True)
@@ -53,8 +52,12 @@ def differentiable(op: Any, save: Callable[..., None], backward: Callable[..., A
             return outputs
 
         @staticmethod
-        @once_differentiable
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            if torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"{name} cannot be differentiated twice; call backward or grad without create_graph, "
+                    f"or use llmcore.ops.{name}.reference."
+                )
             return backward(ctx, *grads)
 
     Function.__name__ = Function.__qualname__ = name

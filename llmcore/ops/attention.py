@@ -126,7 +126,7 @@ def attention(
     for name, tensor, dims in (("q", q, "(B, T_q, H, D)"), ("k", k, "(B, T_k, K, D)"), ("v", v, "(B, T_k, K, Dv)")):
         _checks.floating("attention", name, tensor)
         _checks.rank("attention", name, tensor, dims, 4)
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+    if not q.is_meta and torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     B, _, H, D = q.shape

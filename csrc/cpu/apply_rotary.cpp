@@ -1,0 +1,90 @@
+// Rotary position embedding (Su et al. 2021, arXiv:2104.09864) of queries and keys, (B, T, H, D) and (B, T, K, D):
+//
+//   x1' = x1 cos - x2 sin,  x2' = x2 cos + x1 sin       pairs (i, i + R/2), or (2i, 2i + 1) where interleaved
+//
+// The inverse, sin -> -sin, is the backward. Elements from R on are copied. A token's angles serve all its heads.
+#include "cpu/kernels.h"
+#include "cpu/rows.h"
+
+namespace llmcore::LLMCORE_ISA {
+namespace {
+
+typedef uint64_t vq __attribute__((vector_size(LLMCORE_VECTOR_BYTES)));
+
+// lanes (0, 1, 2, 3, ...) -> (1, 0, 3, 2, ...)
+LLMCORE_INLINE vf swap_pairs(vf x) { return (vf)(((vq)x << 32) | ((vq)x >> 32)); }
+
+template <class T>
+LLMCORE_INLINE void rotate_halves(const T* x, T* out, const float* cos, const float* sin, int64_t half, float sign) {
+    for_vectors(half, [&](int64_t i, auto lanes) {
+        const vf x1 = load(x + i, lanes), x2 = load(x + half + i, lanes);
+        const vf c = load(cos + i, lanes), s = load(sin + i, lanes) * sign;
+        store(out + i, x1 * c - x2 * s, lanes);
+        store(out + half + i, x2 * c + x1 * s, lanes);
+    });
+}
+
+// cos2 and sin2 hold every value twice, sin2 with the sign of the pair's first and second element
+template <class T>
+LLMCORE_INLINE void rotate_pairs(const T* x, T* out, const float* cos2, const float* sin2, int64_t R) {
+    for_vectors(R, [&](int64_t i, auto lanes) {
+        const vf value = load(x + i, lanes);
+        store(out + i, value * load(cos2 + i, lanes) + swap_pairs(value) * load(sin2 + i, lanes), lanes);
+    });
+}
+
+template <class T>
+void rotate(const T* q, const T* k, T* q_out, T* k_out, const float* cos, const float* sin, const int64_t* positions,
+            int64_t B, int64_t T_, int64_t H, int64_t K, int64_t D, int64_t R, int64_t q_stride_b, int64_t q_stride_t,
+            int64_t q_stride_h, int64_t k_stride_b, int64_t k_stride_t, int64_t k_stride_h, int64_t pos_stride_b,
+            int64_t pos_stride_t, bool interleaved, bool inverse) {
+    const int64_t half = R / 2, per_token = (H + K) * D;
+    const float sign = inverse ? -1.0f : 1.0f;
+    if (per_token == 0) return;
+    parallel_for(B * T_, kGrain / per_token, [&](int64_t begin, int64_t end) {
+        const Scratch doubled(interleaved ? 2 * R : 0);
+        float *const cos2 = doubled.data(), *const sin2 = cos2 + (interleaved ? R : 0);
+        for (int64_t token = begin; token < end; token++) {
+            const int64_t b = token / T_, t = token - b * T_;
+            const int64_t position = positions == nullptr ? t : positions[b * pos_stride_b + t * pos_stride_t];
+            const float *const c = cos + position * half, *const s = sin + position * half;
+            if (interleaved) {
+                for (int64_t i = 0; i < half; i++) {
+                    cos2[2 * i] = cos2[2 * i + 1] = c[i];
+                    sin2[2 * i] = -(sin2[2 * i + 1] = s[i] * sign);
+                }
+            }
+            const auto heads = [&](const T* x, T* out, int64_t count, int64_t stride) {
+                for (int64_t h = 0; h < count; h++) {
+                    const T* const from = x + h * stride;
+                    T* const to = out + h * D;
+                    if (interleaved) {
+                        rotate_pairs(from, to, cos2, sin2, R);
+                    } else {
+                        rotate_halves(from, to, c, s, half, sign);
+                    }
+                    if (R < D) __builtin_memcpy(to + R, from + R, std::size_t(D - R) * sizeof(T));
+                }
+            };
+            heads(q + b * q_stride_b + t * q_stride_t, q_out + token * H * D, H, q_stride_h);
+            heads(k + b * k_stride_b + t * k_stride_t, k_out + token * K * D, K, k_stride_h);
+        }
+    });
+}
+
+}  // namespace
+
+void apply_rotary(const void* q, const void* k, void* q_out, void* k_out, const float* cos, const float* sin,
+                  const int64_t* positions, int64_t B, int64_t T, int64_t H, int64_t K, int64_t D, int64_t R,
+                  int64_t q_stride_b, int64_t q_stride_t, int64_t q_stride_h, int64_t k_stride_b, int64_t k_stride_t,
+                  int64_t k_stride_h, int64_t pos_stride_b, int64_t pos_stride_t, bool interleaved, bool inverse,
+                  DType dtype) {
+    visit(dtype, [&](auto element) {
+        using E = decltype(element);
+        rotate(static_cast<const E*>(q), static_cast<const E*>(k), static_cast<E*>(q_out), static_cast<E*>(k_out), cos,
+               sin, positions, B, T, H, K, D, R, q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
+               pos_stride_b, pos_stride_t, interleaved, inverse);
+    });
+}
+
+}  // namespace llmcore::LLMCORE_ISA

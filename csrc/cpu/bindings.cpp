@@ -1,0 +1,77 @@
+// The Python module llmcore._cpu: the kernels of the best instruction-set level that was compiled and that this
+// processor runs. LLMCORE_CPU_ISA names another one. LLMCORE_LEVELS, from the build, is X(level) for each compiled
+// level, worst first.
+#include <cstdlib>
+#include <vector>
+
+#include "common/bind.h"
+#include "cpu/kernels.h"
+#include "cpu/levels.h"
+
+namespace llmcore {
+
+#define X(level)                  \
+    namespace level {             \
+    extern const Kernels kernels; \
+    }
+LLMCORE_LEVELS
+#undef X
+
+namespace {
+
+namespace py = pybind11;
+
+struct Level {
+    std::string name;
+    const Kernels* kernels;
+};
+
+std::vector<Level> runnable_levels(const Processor& processor) {
+    std::vector<Level> levels;
+#define X(level) \
+    if (processor.runs(#level)) levels.push_back({#level, &level::kernels});
+    LLMCORE_LEVELS
+#undef X
+    return levels;
+}
+
+Level choose(const std::vector<Level>& levels) {
+    const char* forced = std::getenv("LLMCORE_CPU_ISA");
+    if (forced == nullptr || *forced == '\0') return levels.back();
+    std::string allowed;
+    for (const Level& level : levels) {
+        if (level.name == forced) return level;
+        allowed += (allowed.empty() ? "" : ", ") + level.name;
+    }
+    throw py::import_error(std::string("LLMCORE_CPU_ISA is '") + forced + "'; this processor and this build allow " +
+                           allowed + ".");
+}
+
+}  // namespace
+}  // namespace llmcore
+
+PYBIND11_MODULE(_cpu, m) {
+    using namespace llmcore;
+    const Processor processor = this_processor();
+    const std::vector<Level> levels = runnable_levels(processor);
+    const Level level = choose(levels);
+
+    bind(m, "rms_norm_fwd", level.kernels->rms_norm_fwd);
+    bind(m, "rms_norm_bwd", level.kernels->rms_norm_bwd);
+    bind(m, "apply_rotary", level.kernels->apply_rotary);
+    bind(m, "swiglu_fwd", level.kernels->swiglu_fwd);
+    bind(m, "swiglu_bwd", level.kernels->swiglu_bwd);
+
+    m.def("isa", [name = level.name] { return name; }, "The instruction-set level in use.");
+    m.def(
+        "isas",
+        [levels] {
+            py::list names;
+            for (const Level& each : levels) names.append(each.name);
+            return names;
+        },
+        "The levels that are compiled in and that this processor runs, worst first.");
+    m.def(
+        "bf16_matmul", [has = processor.bf16_matmul] { return has; },
+        "Whether the processor multiplies bfloat16 matrices faster than float32 ones.");
+}

@@ -1,0 +1,248 @@
+// RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467), rows of `cols` elements; the arithmetic is in common/rms_norm.h.
+//
+// A row is read twice, the second time from the cache. Each thread adds up dweight over its rows, and the threads' sums are
+// added in their order: the result depends on the number of threads only.
+#include <stdexcept>
+#include <type_traits>
+
+#include "common/rms_norm.h"
+#include "cpu/kernels.h"
+#include "cpu/rows.h"
+
+namespace llmcore::LLMCORE_ISA {
+namespace {
+
+// weight + offset as floats; ones without a weight
+struct Weight {
+    Scratch scratch;
+    const float* data;
+
+    Weight(const void* weight, DType dtype, float offset, int64_t cols)
+        : scratch(weight != nullptr && dtype == DType::f32 && offset == 0.0f ? 0 : cols), data(scratch.data()) {
+        if (data == nullptr) {
+            data = static_cast<const float*>(weight);
+            return;
+        }
+        float* const out = scratch.data();
+        if (weight == nullptr) {
+            for (int64_t i = 0; i < cols; i++) out[i] = 1.0f;
+            return;
+        }
+        visit(dtype, [&](auto element) {
+            const auto* const w = static_cast<const decltype(element)*>(weight);
+            for_vectors(cols, [&](int64_t i, auto lanes) { store(out + i, load(w + i, lanes) + offset, lanes); });
+        });
+    }
+};
+
+// store, and what a later load gives
+template <class Lanes>
+LLMCORE_INLINE vf store_rounded(float* p, vf x, Lanes lanes) {
+    store(p, x, lanes);
+    return x;
+}
+template <class Lanes>
+LLMCORE_INLINE vf store_rounded(bf16_t* p, vf x, Lanes lanes) {
+    x = widen_bf16(narrow_bf16(x));
+    store(p, x, lanes);
+    return x;
+}
+template <class Lanes>
+LLMCORE_INLINE vf store_rounded(fp16_t* p, vf x, Lanes lanes) {
+    x = widen_fp16(narrow_fp16(x));
+    store(p, x, lanes);
+    return x;
+}
+
+// y = row * rstd * w
+template <class X, class S>
+LLMCORE_INLINE void scale_row(const S* row, const float* w, X* y, float rstd, int64_t cols) {
+    const vf r = broadcast(rstd);
+    for_vectors(cols, [&](int64_t i, auto lanes) {
+        store(y + i, rms_norm_y(load(row + i, lanes), r, load(w + i, lanes)), lanes);
+    });
+}
+
+template <class X>
+void fwd(const X* x, const float* w, X* y, float* rstd, int64_t rows, int64_t cols, int64_t x_row_stride, float eps) {
+    parallel_for(rows, kGrain / cols, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row++) {
+            const X* const x_row = x + row * x_row_stride;
+            const float sum = sum_vectors(cols, [&](int64_t i, auto lanes) {
+                const vf value = load(x_row + i, lanes);
+                return value * value;
+            });
+            rstd[row] = rms_norm_rstd(sum, cols, eps);
+            scale_row(x_row, w, y + row * cols, rstd[row], cols);
+        }
+    });
+}
+
+template <class X, class R, class S>
+void fwd_residual(const X* x, const R* residual, const float* w, X* y, S* s, float* rstd, int64_t rows, int64_t cols,
+                  int64_t x_row_stride, int64_t residual_row_stride, float eps) {
+    parallel_for(rows, kGrain / cols, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row++) {
+            const X* const x_row = x + row * x_row_stride;
+            const R* const residual_row = residual + row * residual_row_stride;
+            S* const s_row = s + row * cols;
+            const float sum = sum_vectors(cols, [&](int64_t i, auto lanes) {
+                const vf value = store_rounded(s_row + i, load(x_row + i, lanes) + load(residual_row + i, lanes), lanes);
+                return value * value;
+            });
+            rstd[row] = rms_norm_rstd(sum, cols, eps);
+            scale_row(s_row, w, y + row * cols, rstd[row], cols);
+        }
+    });
+}
+
+// A sum over many rows by levels, so that its error grows like the logarithm of their number: 16 rows are added up in level 0,
+// 16 sums of level 0 in level 1, and so on.
+class CascadeSum {
+  public:
+    static constexpr int64_t kLevels = 4, kStep = 16;
+
+    // floats: kLevels * cols of them
+    CascadeSum(float* floats, int64_t cols) : floats_(floats), cols_(cols) {
+        __builtin_memset(floats, 0, std::size_t(kLevels * cols) * sizeof(float));
+    }
+
+    // where the next row is to be added
+    float* row() const { return floats_; }
+
+    // to be called after each row
+    void next() {
+        ++rows_;
+        for (int64_t level = 0, step = kStep; level + 1 < kLevels && rows_ % step == 0; level++, step *= kStep) {
+            add(level);
+            __builtin_memset(floats_ + level * cols_, 0, std::size_t(cols_) * sizeof(float));
+        }
+    }
+
+    // the sum, in the last cols floats
+    void finish() {
+        for (int64_t level = 0; level + 1 < kLevels; level++) add(level);
+    }
+
+  private:
+    // level into the next one
+    void add(int64_t level) {
+        const float* const from = floats_ + level * cols_;
+        float* const to = floats_ + (level + 1) * cols_;
+        for_vectors(cols_, [&](int64_t i, auto lanes) { store(to + i, load(to + i, lanes) + load(from + i, lanes), lanes); });
+    }
+
+    float* floats_;
+    int64_t cols_, rows_ = 0;
+};
+
+struct BwdStrides {
+    int64_t dy, ds, s;
+};
+
+// rows [begin, end); dweight: this thread's sum, or null
+template <class X, class S>
+void bwd_rows(const X* dy, const S* ds, const S* s, const float* w, const float* rstd, X* dx, void* dresidual,
+              DType residual_dtype, CascadeSum* dweight, int64_t begin, int64_t end, int64_t cols, BwdStrides stride) {
+    for (int64_t row = begin; row < end; row++) {
+        const X* const dy_row = dy + row * stride.dy;
+        const S* const s_row = s + row * stride.s;
+        const S* const ds_row = ds == nullptr ? nullptr : ds + row * stride.ds;
+        X* const dx_row = dx + row * cols;
+        float* const dweight_row = dweight == nullptr ? nullptr : dweight->row();
+        const vf r = broadcast(rstd[row]);
+        const float sum = sum_vectors(cols, [&](int64_t i, auto lanes) {
+            return load(dy_row + i, lanes) * load(w + i, lanes) * load(s_row + i, lanes);
+        });
+        const vf mean = broadcast(sum * rstd[row] / float(cols));
+        for_vectors(cols, [&](int64_t i, auto lanes) {
+            const vf d = load(dy_row + i, lanes), xh = load(s_row + i, lanes) * r;
+            vf t = rms_norm_dx(d * load(w + i, lanes), xh, r, mean);
+            if (ds_row != nullptr) t += load(ds_row + i, lanes);
+            store(dx_row + i, t, lanes);
+            if (dresidual != nullptr) {
+                visit(residual_dtype, [&](auto element) {
+                    store(static_cast<decltype(element)*>(dresidual) + row * cols + i, t, lanes);
+                });
+            }
+            if (dweight_row != nullptr) store(dweight_row + i, load(dweight_row + i, lanes) + d * xh, lanes);
+        });
+        if (dweight != nullptr) dweight->next();
+    }
+}
+
+template <class X, class S>
+void bwd(const X* dy, const S* ds, const S* s, const float* w, const float* rstd, X* dx, void* dresidual, void* dweight,
+         int64_t rows, int64_t cols, BwdStrides stride, DType residual_dtype, DType weight_dtype) {
+    const int64_t most = rows * cols / kGrain;
+    // the floats of two threads never meet in a cache line
+    const int64_t thread_floats = (CascadeSum::kLevels * cols + 15) / 16 * 16;
+    const Scratch floats(dweight == nullptr ? 0 : thread_floats * (most > 1 ? max_threads() : 1));
+    int64_t parts = 1;
+    parallel(most > 1, [&](int thread, int threads) {
+        const int64_t count = most < 1 ? 1 : most < threads ? most : threads;
+        if (thread == 0) parts = count;
+        if (thread >= count) return;
+        const int64_t begin = rows * thread / count, end = rows * (thread + 1) / count;
+        const auto run = [&](CascadeSum* sum) {
+            bwd_rows(dy, ds, s, w, rstd, dx, dresidual, residual_dtype, sum, begin, end, cols, stride);
+        };
+        if (dweight == nullptr) return run(nullptr);
+        CascadeSum sum(floats.data() + thread * thread_floats, cols);
+        run(&sum);
+        sum.finish();
+    });
+    if (dweight == nullptr) return;
+    const float* const sums = floats.data() + (CascadeSum::kLevels - 1) * cols;
+    visit(weight_dtype, [&](auto element) {
+        auto* const out = static_cast<decltype(element)*>(dweight);
+        for_vectors(cols, [&](int64_t i, auto lanes) {
+            vf sum = load(sums + i, lanes);
+            for (int64_t part = 1; part < parts; part++) sum += load(sums + part * thread_floats + i, lanes);
+            store(out + i, sum, lanes);
+        });
+    });
+}
+
+}  // namespace
+
+void rms_norm_fwd(const void* x, const void* residual, const void* weight, void* y, void* s, float* rstd, int64_t rows,
+                  int64_t cols, int64_t x_row_stride, int64_t residual_row_stride, float eps, float weight_offset,
+                  DType x_dtype, DType residual_dtype, DType weight_dtype) {
+    if (rows == 0 || cols == 0) return;
+    const Weight w(weight, weight_dtype, weight_offset, cols);
+    visit(x_dtype, [&](auto x_element) {
+        using X = decltype(x_element);
+        const X* const x_rows = static_cast<const X*>(x);
+        X* const y_rows = static_cast<X*>(y);
+        if (residual == nullptr) return fwd(x_rows, w.data, y_rows, rstd, rows, cols, x_row_stride, eps);
+        visit(residual_dtype, [&](auto residual_element) {
+            using R = decltype(residual_element);
+            using S = std::conditional_t<std::is_same_v<X, R>, X, float>;
+            fwd_residual(x_rows, static_cast<const R*>(residual), w.data, y_rows, static_cast<S*>(s), rstd, rows, cols,
+                         x_row_stride, residual_row_stride, eps);
+        });
+    });
+}
+
+void rms_norm_bwd(const void* dy, const void* ds, const void* s, const void* weight, const float* rstd, void* dx,
+                  void* dresidual, void* dweight, int64_t rows, int64_t cols, int64_t dy_row_stride,
+                  int64_t ds_row_stride, int64_t s_row_stride, float weight_offset, DType x_dtype, DType s_dtype,
+                  DType residual_dtype, DType weight_dtype) {
+    if (cols == 0) return;
+    if (s_dtype != x_dtype && s_dtype != DType::f32) throw std::invalid_argument("s_dtype must be x_dtype or float32.");
+    const Weight w(weight, weight_dtype, weight_offset, cols);
+    visit(x_dtype, [&](auto x_element) {
+        using X = decltype(x_element);
+        const auto run = [&](auto s_element) {
+            using S = decltype(s_element);
+            bwd(static_cast<const X*>(dy), static_cast<const S*>(ds), static_cast<const S*>(s), w.data, rstd,
+                static_cast<X*>(dx), dresidual, dweight, rows, cols, {dy_row_stride, ds_row_stride, s_row_stride},
+                residual_dtype, weight_dtype);
+        };
+        if (s_dtype == x_dtype) return run(X{});
+        run(float{});
+    });
+}
+
+}  // namespace llmcore::LLMCORE_ISA

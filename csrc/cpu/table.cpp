@@ -1,0 +1,9 @@
+// The table of one level's kernels.
+#include "cpu/kernels.h"
+
+namespace llmcore::LLMCORE_ISA {
+
+extern const Kernels kernels;
+const Kernels kernels = {rms_norm_fwd, rms_norm_bwd, apply_rotary, swiglu_fwd, swiglu_bwd};
+
+}  // namespace llmcore::LLMCORE_ISA

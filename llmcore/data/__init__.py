@@ -1,0 +1,6 @@
+"""Text in, batches of tokens out."""
+
+from llmcore.data.batches import Batches, gather, validation_windows
+from llmcore.data.corpus import Corpus, DataError, load_corpus
+
+__all__ = ["Batches", "Corpus", "DataError", "gather", "load_corpus", "validation_windows"]

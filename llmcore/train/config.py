@@ -1,0 +1,173 @@
+"""What a training run can be told: its keys, their defaults, units and limits. parse.py fills them in."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from llmcore.models import ModelConfig
+
+
+class ConfigError(ValueError):
+    """A key or value that is not allowed; the message names it, what was given and what is allowed."""
+
+
+@dataclass
+class DataConfig:
+    """The text: byte-level tokens, vocabulary 256."""
+
+    train: str | None = None
+    """Text file or folder to train on; null is the standard library of this Python, about 10 MB."""
+    valid: str | None = None
+    """Text file or folder to validate on; null holds out about 5 % of data.train (of a folder, whole files)."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW; the learning rate rises linearly, then follows a cosine over the run."""
+
+    lr: float = 3e-3
+    """Peak learning rate."""
+    final_lr_ratio: float = 0.02
+    """Learning rate at the end, as a share of the peak."""
+    warmup_steps: int = 100
+    """Steps in which the learning rate rises from zero."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices and embeddings; vectors have none."""
+    beta1: float = 0.9
+    """Decay of the gradient's running mean, per step."""
+    beta2: float = 0.98
+    """Decay of the squared gradient's running mean, per step."""
+    grad_clip: float = 1.0
+    """Largest norm of all gradients together; 0 leaves them as they are."""
+
+
+@dataclass
+class SampleConfig:
+    """The text generated at the end."""
+
+    prompt: str = "def "
+    """Text to continue."""
+    tokens: int = 400
+    """Tokens to generate; 0 generates nothing."""
+    temperature: float = 0.8
+    """Above 1 is wilder, below 1 tamer, 0 always takes the likeliest token."""
+    top_k: int | None = 50
+    """Draw among this many likeliest tokens only; null is all."""
+    top_p: float | None = None
+    """Draw among the likeliest tokens that together have this probability only; null is all."""
+
+
+@dataclass
+class TrainConfig:
+    """The run."""
+
+    preset: str = "tiny"
+    """Model preset."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """Fields of the preset to change, such as --model.num_hidden_layers 6."""
+    batch_size: int = 8
+    """Sequences per step, over all processes."""
+    micro_batch_size: int | None = None
+    """Sequences per process and forward pass; smaller saves memory by accumulating gradients. Null is all at once."""
+    seq_len: int = 256
+    """Tokens per sequence."""
+    max_steps: int | None = 2000
+    """Stop after this many steps; null is no limit."""
+    max_seconds: float | None = None
+    """Stop after this many seconds of training; null is no limit. The schedule follows whichever limit is nearer;
+    where that is the time, a run cannot be repeated exactly."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the matrix products; weights are always fp32. Auto is bf16 where the processor gains from it."""
+    num_gpus: int | None = None
+    """Start this many processes, one per GPU, or on the CPU of a machine without GPUs. Null is one, or torchrun's number."""
+    seed: int = 0
+    """Of the weights, the batches and the sample."""
+    log_interval: int = 10
+    """Steps between two lines of the log."""
+    eval_interval: int = 250
+    """Steps between two validations; 0 validates at the end only."""
+    eval_tokens: int = 65536
+    """Held-out tokens in a validation."""
+    final_eval_tokens: int = 524288
+    """Held-out tokens in the last validation."""
+    checkpoint_interval: int = 0
+    """Steps between two checkpoints; 0 saves at the end only."""
+    out_dir: str = "runs"
+    """Folder of all runs."""
+    name: str | None = None
+    """Name of this run's folder in out_dir, which must not exist yet; null is the preset, the date and the time."""
+    resume: str | None = None
+    """Go on with a run's folder, from one of its checkpoints in a new folder, or with the newest run there is (auto)."""
+    dry_run: bool = False
+    """Check everything, describe the run, train nothing and write nothing."""
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def check(self) -> None:
+        """Raise a ConfigError if a value is out of its range."""
+        for name, value, low, high in (
+            ("batch_size", self.batch_size, 1, None),
+            ("micro_batch_size", self.micro_batch_size, 1, None),
+            ("seq_len", self.seq_len, 1, None),
+            ("max_steps", self.max_steps, 1, None),
+            ("max_seconds", self.max_seconds, 1, None),
+            ("num_gpus", self.num_gpus, 1, None),
+            ("seed", self.seed, 0, None),
+            ("log_interval", self.log_interval, 1, None),
+            ("eval_interval", self.eval_interval, 0, None),
+            ("eval_tokens", self.eval_tokens, 1, None),
+            ("final_eval_tokens", self.final_eval_tokens, 1, None),
+            ("checkpoint_interval", self.checkpoint_interval, 0, None),
+            ("optimizer.lr", self.optimizer.lr, 0, None),
+            ("optimizer.final_lr_ratio", self.optimizer.final_lr_ratio, 0, 1),
+            ("optimizer.warmup_steps", self.optimizer.warmup_steps, 0, None),
+            ("optimizer.weight_decay", self.optimizer.weight_decay, 0, None),
+            ("optimizer.beta1", self.optimizer.beta1, 0, 0.99999),
+            ("optimizer.beta2", self.optimizer.beta2, 0, 0.99999),
+            ("optimizer.grad_clip", self.optimizer.grad_clip, 0, None),
+            ("sample.tokens", self.sample.tokens, 0, None),
+            ("sample.temperature", self.sample.temperature, 0, None),
+            ("sample.top_k", self.sample.top_k, 1, None),
+            ("sample.top_p", self.sample.top_p, 0, 1),
+        ):
+            if value is None:
+                continue
+            if not low <= value <= (math.inf if high is None else high) or math.isinf(value):
+                allowed = f"at least {low}" if high is None else f"from {low} to {high}"
+                raise ConfigError(f"{name} is {value}; allowed is {allowed}.")
+        if self.max_steps is None and self.max_seconds is None:
+            raise ConfigError("max_steps and max_seconds are both null; at least one of them must limit the run.")
+        if not self.sample.prompt and self.sample.tokens:
+            raise ConfigError("sample.prompt is empty; a sample needs at least one character to continue.")
+
+    def micro_batches(self, world_size: int) -> tuple[int, int]:
+        """(size, count) of the forward passes of one process in a step."""
+        size = self.micro_batch_size or max(self.batch_size // world_size, 1)
+        if self.batch_size % (size * world_size):
+            micro = "" if self.micro_batch_size is None else f" with micro_batch_size={size}"
+            raise ConfigError(
+                f"batch_size is {self.batch_size}; allowed is a multiple of {size * world_size}, as there are {world_size} "
+                f"processes{micro}."
+            )
+        return size, self.batch_size // (size * world_size)
+
+
+def model_config(config: TrainConfig) -> ModelConfig:
+    """The preset with the changes of `config.model`. Raises ConfigError."""
+    try:
+        result = ModelConfig.from_preset(config.preset, **config.model)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    if result.vocab_size < 256:
+        raise ConfigError(f"model.vocab_size is {result.vocab_size}; allowed is at least 256, one token per byte.")
+    limit = f"model.max_position_embeddings = {result.max_position_embeddings}"
+    if config.seq_len > result.max_position_embeddings:
+        raise ConfigError(f"seq_len is {config.seq_len}; allowed is at most {limit}.")
+    length = len(config.sample.prompt.encode()) + config.sample.tokens
+    if config.sample.tokens and length > result.max_position_embeddings:
+        raise ConfigError(f"sample.prompt and sample.tokens make {length} tokens; allowed is at most {limit}.")
+    return result

@@ -1,0 +1,127 @@
+"""The processes of a run: started by torchrun or by `launch`, joined by collectives (NCCL on GPUs, gloo on CPUs).
+
+Each rank holds a copy of the model and works on one slice of the batch; DDP averages the gradients.
+"""
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llmcore.train.config import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process, `rank` of `size`, computing on `device`."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of all ranks' values, on all ranks; each of them must call it."""
+        if self.size > 1:
+            value = value.detach().clone()
+            dist.all_reduce(value)
+        return value
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's value, on all ranks; each of them must call it."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, device=torch.device("cpu"))
+        return box[0]
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        self.from_first(None)
+
+
+def launched() -> bool:
+    """Whether torchrun, or `launch`, started this process as one of several."""
+    return "WORLD_SIZE" in os.environ
+
+
+def is_first() -> bool:
+    """Whether this process speaks for its machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def world_size(num_gpus: int | None) -> int:
+    """The number of processes: the launcher's, or what was asked for."""
+    return int(os.environ["WORLD_SIZE"]) if launched() else num_gpus or 1
+
+
+def device(world_size: int) -> torch.device:
+    """Where this process computes: its own GPU, or the CPU on a machine without one."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    here, available = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), torch.cuda.device_count()
+    if here > available:
+        raise ConfigError(
+            f"{here} processes need {here} GPUs; this machine has {available}, so allowed is up to {available}."
+        )
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+@contextmanager
+def join(device: torch.device) -> Iterator[World]:
+    """Join the processes that the launcher started; alone, this is a world of one."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not launched():
+        yield World(0, 1, device)
+        return
+    if device.type == "cpu":
+        torch.set_num_threads(threads_per_process(int(os.environ["LOCAL_WORLD_SIZE"])))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), device)
+    finally:
+        dist.destroy_process_group()
+
+
+def threads_per_process(local_size: int) -> int:
+    """This machine's processors, shared fairly. OMP_NUM_THREADS rules where it is not the 1 that torchrun sets."""
+    asked = os.environ.get("OMP_NUM_THREADS", "1")
+    if asked.isdecimal() and int(asked) > 1:
+        return int(asked)
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, processors // local_size)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Random numbers of a step depend on nothing but (seed, step, rank): there is no generator state to save."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
+
+
+def launch(count: int, command: list[str]) -> int:
+    """Run `command` in `count` processes of this machine; the exit code of the first that fails, or 0."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, command[0])(*command[1:])
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        return code if code > 0 else 128 - code
+    return 0

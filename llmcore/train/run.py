@@ -1,0 +1,100 @@
+"""A run's directory, out_dir/name: config.yaml, log.jsonl (a line per event) and the checkpoints. It is never
+written over: a run starts afresh, goes on in its own directory, or goes on from one checkpoint in a new directory.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmcore.train.checkpoint import CheckpointError, checkpoints, newest_checkpoint, verify
+from llmcore.train.config import ConfigError, TrainConfig
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: in the directory `run`, or in a new one (None); from `checkpoint`, or from step 0 (None)."""
+
+    run: Path | None = None
+    checkpoint: Path | None = None
+    step: int = 0
+    seconds: float = 0.0
+    config: dict[str, Any] | None = None
+
+
+def find_start(config: TrainConfig) -> Start:
+    """What `config.resume` and `config.name` mean. Only reads. Raises CheckpointError or ConfigError."""
+    named = Path(config.out_dir) / config.name if config.name is not None else None
+    if config.resume == "auto":
+        run = named if named is not None else _newest_run(Path(config.out_dir))
+        if run is None or not run.exists():
+            return Start()
+        checkpoint = newest_checkpoint(run)
+        return Start(run) if checkpoint is None else _from(checkpoint, run)
+    if config.resume is not None and _is_run(Path(config.resume)):
+        run = Path(config.resume)
+        checkpoint = newest_checkpoint(run)
+        if checkpoint is None:
+            raise CheckpointError(f"the run {run} holds no checkpoint to resume from.")
+        return _from(checkpoint, run)
+    if named is not None and named.exists():
+        raise ConfigError(f"the run {named} exists already; choose another --name, or go on with --resume {named}.")
+    return Start() if config.resume is None else _from(Path(config.resume), None)
+
+
+def open_run(config: TrainConfig, start: Start) -> Path:
+    """The directory that `start` means: made, if it is a new one; otherwise checkpoints newer than start's, which do not
+    verify, are renamed out of the way. One process only calls this."""
+    if start.run is not None:
+        for step, path in checkpoints(start.run).items():
+            if step > start.step:
+                path.rename(_unused(path.with_name(path.name + ".corrupt")))
+        return start.run
+    if config.name is not None:
+        run = Path(config.out_dir) / config.name
+    else:
+        run = _unused(Path(config.out_dir) / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
+    text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+    try:
+        run.mkdir(parents=True)
+        (run / "config.yaml").write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"the run {run} cannot be made: {error.strerror or error}; choose another --out_dir."
+        ) from error
+    return run
+
+
+def append_log(run: Path, **values: Any) -> None:
+    with (run / "log.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def _from(checkpoint: Path, run: Path | None) -> Start:
+    meta = verify(checkpoint)
+    return Start(run, checkpoint, meta["step"], meta["seconds"], meta["config"])
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "config.yaml").is_file()
+
+
+def _newest_run(out_dir: Path) -> Path | None:
+    runs = [path for path in out_dir.iterdir() if _is_run(path)] if out_dir.is_dir() else []
+    return max(runs, key=lambda run: (run.stat().st_mtime, run.name), default=None)
+
+
+def _unused(path: Path) -> Path:
+    """`path`, or with -2, -3, ... after it, such that nothing is there yet."""
+    count, candidate = 1, path
+    while candidate.exists():
+        count += 1
+        candidate = path.with_name(f"{path.name}-{count}")
+    return candidate

@@ -1,0 +1,223 @@
+"""What every op promises as a PyTorch operator: opcheck, fullgraph, gradcheck, autocast, checkpointing, backends."""
+
+import importlib
+import sys
+import threading
+from unittest import mock
+
+import pytest
+import torch
+from conftest import INTERPRETED, backends
+from ops.cases import randn
+from ops.test_apply_rotary import tables
+from torch.library import opcheck
+
+import llmcore
+from llmcore import ops
+from llmcore.ops._dispatch import missing
+
+NAMES = sorted(ops.registry)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TABLES = tables(7, 16, DEVICE)
+
+
+def leaf(*shape, dtype=torch.float32, permuted=False, seed=0):
+    """A leaf of this shape; permuted: its memory order is reversed."""
+    tensor = randn(*(reversed(shape) if permuted else shape), dtype=dtype, device=DEVICE, grad=False, seed=seed)
+    return (tensor.permute(*reversed(range(len(shape)))) if permuted else tensor).requires_grad_()
+
+
+def example(name, **how):
+    """(public function, its differentiable arguments, its keywords) of each op."""
+    if name == "rms_norm":
+        return ops.rms_norm, (leaf(4, 6, 32, **how), leaf(32, seed=1)), {"residual": leaf(4, 6, 32, seed=2, **how)}
+    if name == "swiglu":
+        return ops.swiglu, (leaf(4, 6, 32, **how), leaf(4, 6, 32, seed=1, **how)), {}
+    if name == "apply_rotary":
+        return ops.apply_rotary, (leaf(2, 6, 4, 16, **how), leaf(2, 6, 2, 16, seed=1, **how)), TABLES
+    q, k, v = leaf(2, 6, 4, 16, **how), leaf(2, 7, 2, 16, seed=1, **how), leaf(2, 7, 2, 24, seed=2, **how)
+    return ops.attention, (q, k, v), {"causal": True, "return_lse": True}
+
+
+def operator_arguments(name, backend, **how):
+    """Positional arguments of torch.ops.llmcore.<name> and of its backward."""
+    _, tensors, keywords = example(name, **how)
+    if name == "rms_norm":
+        return [(*tensors, keywords["residual"], 1e-6, 0.0, backend), (tensors[0], None, None, 1e-6, 1.0, backend)]
+    if name == "swiglu":
+        return [(*tensors, backend)]
+    if name == "apply_rotary":
+        positions = torch.tensor([3, 1, 0, 6, 2, 2], device=DEVICE)
+        return [(*tensors, *TABLES.values(), p, i, False, backend) for p, i in ((None, False), (positions, True))]
+    return [(*tensors, 0.25, -1, right, backend) for right in (0, -1)]
+
+
+def flat(result):
+    return sum(o.float().square().sum() for o in (result if isinstance(result, tuple) else (result,)))
+
+
+def every(names=NAMES):
+    return [pytest.param(n, b, id=f"{n}-{b}") for n in names for b in backends(n)]
+
+
+@pytest.mark.parametrize(("name", "backend"), every())
+@pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
+def test_opcheck(name, backend, permuted):
+    for arguments in operator_arguments(name, backend, permuted=permuted):
+        opcheck(getattr(torch.ops.llmcore, name).default, arguments)
+
+
+@pytest.mark.parametrize(("name", "backend"), every())
+def test_opcheck_of_the_backward(name, backend):
+    """The backward operators, on the arguments a real backward passes them."""
+    function, tensors, keywords = example(name)
+    calls = []
+    backward = "apply_rotary" if name == "apply_rotary" else f"{name}_backward"
+    module = sys.modules[f"llmcore.ops.{name}"]
+    real = getattr(module, f"_{backward}")
+    with llmcore.backend(backend):
+        result = function(*tensors, **keywords)
+    with mock.patch.object(module, f"_{backward}", side_effect=lambda *a: calls.append(a) or real(*a)):
+        flat(result).backward()
+    assert calls
+    for arguments in calls:
+        opcheck(
+            getattr(torch.ops.llmcore, backward).default,
+            tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
+
+@pytest.mark.skipif(INTERPRETED, reason="inductor would compile what the interpreter runs")
+@pytest.mark.parametrize(("name", "backend"), every())
+def test_compiles_to_one_graph(name, backend):
+    function, tensors, keywords = example(name)
+
+    def block(*tensors):
+        return flat(function(*(2 * t for t in tensors), **keywords))
+
+    with llmcore.backend(backend):
+        torch._dynamo.reset()
+        actual = torch.autograd.grad(torch.compile(block, fullgraph=True)(*tensors), tensors)
+        expected = torch.autograd.grad(block(*tensors), tensors)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the references do not change with the session")
+@pytest.mark.parametrize("name", NAMES)
+def test_gradcheck_of_the_reference_and_the_torch_backend(name):
+    function, tensors, keywords = example(name, dtype=torch.float64)
+    tensors = tuple(t.detach().double()[..., :16].requires_grad_() for t in tensors)
+    keywords = {n: t.detach().double()[..., :16] if n == "residual" else t for n, t in keywords.items()}
+    assert torch.autograd.gradcheck(lambda *t: function.reference(*t, **keywords), tensors, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda *t: function(*t, **keywords), tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize(("name", "backend"), every())
+def test_backward_keeps_its_forwards_backend(name, backend):
+    """The context has ended and the backward runs on another thread; it still uses the forward's backend."""
+    function, tensors, keywords = example(name)
+    module = sys.modules[f"llmcore.ops.{name}"]
+    backward = "apply_rotary" if name == "apply_rotary" else f"{name}_backward"
+    real, seen = getattr(module, f"_{backward}"), []
+    with llmcore.backend(backend):
+        loss = flat(function(*tensors, **keywords))
+    with mock.patch.object(module, f"_{backward}", side_effect=lambda *a: seen.append(a[-1]) or real(*a)):
+        thread = threading.Thread(target=loss.backward)
+        thread.start()
+        thread.join()
+    assert seen == [backend]
+
+
+@pytest.mark.parametrize(("name", "backend"), every())
+def test_activation_checkpointing(name, backend):
+    function, tensors, keywords = example(name)
+    with llmcore.backend(backend):
+        expected = torch.autograd.grad(flat(function(*tensors, **keywords)), tensors)
+        again = torch.utils.checkpoint.checkpoint(lambda *t: flat(function(*t, **keywords)), *tensors, use_reentrant=False)
+        actual = torch.autograd.grad(again, tensors)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("name", "backend"), every())
+def test_meta_tensors_give_shapes(name, backend):
+    function, tensors, keywords = example(name)
+    with llmcore.backend(backend):
+        real = function(*tensors, **keywords)
+    meta = {n: t.to("meta") if isinstance(t, torch.Tensor) else t for n, t in keywords.items()}
+    shapes = function(*(t.to("meta") for t in tensors), **meta)
+    for a, b in zip(real if isinstance(real, tuple) else (real,), shapes if isinstance(shapes, tuple) else (shapes,), strict=True):
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride()) and b.is_meta
+
+
+@pytest.mark.parametrize(("name", "backend"), every())
+def test_double_backward_is_refused(name, backend):
+    function, tensors, keywords = example(name)
+    with llmcore.backend(backend), pytest.raises(RuntimeError, match=f"{name} cannot be differentiated twice"):
+        torch.autograd.grad(flat(function(*tensors, **keywords)), tensors, create_graph=True)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="other backends are not proven in this session")
+def test_forcing_a_backend():
+    x = torch.randn(2, 16)
+    with llmcore.backend("torch"):
+        with pytest.raises(ValueError, match="backend\\(...\\) is 'tritom', which is not a backend; allowed: triton, cuda, cpu, torch"):
+            llmcore.backend("tritom").__enter__()
+        ops.rms_norm(x)
+    with llmcore.backend("cuda"), pytest.raises(RuntimeError) as caught:
+        ops.swiglu(x, x)
+    assert str(caught.value).startswith("swiglu was asked to run on the cuda backend, but swiglu has no cuda kernel")
+    assert "available for cpu tensors:" in str(caught.value) and "torch" in str(caught.value)
+    with llmcore.backend("triton"), pytest.raises(RuntimeError, match="triton takes CPU tensors only under its interpreter"):
+        ops.rms_norm(x)
+    if missing("rms_norm", "cpu", "cpu") is None:
+        with llmcore.backend("cpu"), pytest.raises(TypeError, match="takes float32, bfloat16 or float16, not float64"):
+            ops.rms_norm(x.double())
+
+
+def test_a_forced_backend_belongs_to_its_thread():
+    seen = []
+
+    def look():
+        seen.append(ops._dispatch._forced.name)
+
+    with llmcore.backend("torch"):
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+        look()
+    assert seen == [None, "torch"]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="inductor would compile what the interpreter runs")
+@pytest.mark.skipif(missing("rms_norm", "cpu", "cpu") is not None, reason="needs two backends on the CPU")
+def test_compiled_code_follows_the_forced_backend():
+    x, seen = torch.randn(2, 16), []
+
+    def capture(graph, inputs):
+        seen.append([n.args[-1] for n in graph.graph.nodes if "rms_norm" in str(n.target)])
+        return graph
+
+    compiled = torch.compile(lambda x: ops.rms_norm(x), fullgraph=True, backend=capture)
+    torch._dynamo.reset()
+    compiled(x)
+    with llmcore.backend("torch"):
+        compiled(x)
+    assert seen == [["cpu"], ["torch"]]
+
+
+def test_imported_twice():
+    """A second import of the package finds the operators registered and works with them."""
+    old = {n: m for n, m in sys.modules.items() if n == "llmcore" or n.startswith("llmcore.")}
+    for n in old:
+        del sys.modules[n]
+    try:
+        again = importlib.import_module("llmcore")
+        gate = randn(2, 8, device=DEVICE)
+        with again.backend("torch"):
+            again.ops.swiglu(gate, gate).sum().backward()
+        assert gate.grad is not None
+    finally:
+        for n in [n for n in sys.modules if n == "llmcore" or n.startswith("llmcore.")]:
+            del sys.modules[n]
+        sys.modules.update(old)

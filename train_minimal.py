@@ -1,0 +1,217 @@
+"""Train a language model on text: the whole run, from the batch to the sample.
+
+  python train_minimal.py                           the default: a small model of Python's own standard library
+  python train_minimal.py --data.train my_texts/    your text: a file, or a folder of files
+  python train_minimal.py --config configs/tiny.yaml --optimizer.lr 1e-3
+  python train_minimal.py --num_gpus 8              eight processes (or: torchrun --nproc_per_node=8 train_minimal.py)
+  python train_minimal.py --resume auto             go on with the newest run
+  python train_minimal.py --dry_run                 check everything and describe the run, train nothing
+
+A run has a directory runs/NAME with its configuration, log.jsonl and checkpoints, which llmcore.models.load reads.
+
+Exit codes: 0 all is well, 1 the training failed, 2 the input is wrong, 130 interrupted.
+"""
+
+import contextlib
+import math
+import os
+import sys
+import time
+from dataclasses import asdict
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from llmcore import models
+from llmcore.data import Batches, Corpus, DataError, gather, load_corpus, validation_windows
+from llmcore.train import distributed
+from llmcore.train.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from llmcore.train.config import ConfigError, SampleConfig, TrainConfig, model_config
+from llmcore.train.describe import describe
+from llmcore.train.distributed import World
+from llmcore.train.machine import keep_freed_memory, use_bf16
+from llmcore.train.optimizer import build_optimizer
+from llmcore.train.parse import parse
+from llmcore.train.progress import Meter, Report
+from llmcore.train.run import Start, find_start, open_run
+from llmcore.train.schedule import learning_rate, progress
+
+
+class TrainingError(RuntimeError):
+    """The training cannot go on; the message says why and what to do."""
+
+
+def train(config: TrainConfig, start: Start, corpus: Corpus, world: World) -> None:
+    """One run, from `start` to the sample. All ranks call it; only the first writes and prints."""
+    run = world.from_first(open_run(config, start) if world.rank == 0 else None)
+    report = Report(run, world.rank == 0)
+
+    # The model, with the same weights on all ranks.
+    torch.manual_seed(config.seed)
+    model = models.build(model_config(config)).to(world.device)
+    optimizer = build_optimizer(model, config.optimizer)
+    if start.checkpoint is not None:
+        load_checkpoint(start.checkpoint, model, optimizer)
+    parallel = DistributedDataParallel(model) if world.size > 1 else model
+    bf16 = use_bf16(config.precision, world.device)
+    autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=bf16)
+
+    batches = Batches(corpus.train, config.batch_size, config.seq_len, config.seed)
+    micro_size, _ = config.micro_batches(world.size)
+    meter = Meter(config.batch_size * config.seq_len, model.flops_per_token(config.seq_len))
+    report.say(f"run     {run}" + (f", resumed from {start.checkpoint}" if start.checkpoint else ""))
+    report.log(event="start", step=start.step, processes=world.size, bf16=bf16, config=config.to_dict())
+
+    def validate(max_tokens: int) -> None:
+        with meter.paused(), autocast:
+            bits = bits_per_byte(model, corpus, max_tokens, config.seq_len, micro_size, world)
+        report.log(step=step, seconds=seconds, val_bpb=bits)
+        report.say(f"step {step}  held-out text: {bits:.4f} bits per byte")
+
+    def save() -> None:
+        require_finite(world.sum(loss).item(), step)
+        with meter.paused():
+            if world.rank == 0:
+                path = save_checkpoint(run, step, time.perf_counter() - began, model, optimizer, config.to_dict())
+                report.say(f"step {step}  checkpoint: {path}")
+            world.wait()
+
+    step = saved = start.step
+    began = time.perf_counter() - start.seconds
+    while True:
+        seconds = time.perf_counter() - began
+        if config.max_seconds is not None:
+            seconds = world.from_first(seconds)  # all ranks must stop at the same step
+        done = progress(step, seconds, config.max_steps, config.max_seconds)
+        if done >= 1:
+            break
+
+        # The batch: a function of the seed and the step, of which this rank takes its slice.
+        distributed.seed_step(config.seed, step, world.rank)
+        inputs, targets = (tokens.to(world.device) for tokens in batches(step, world.rank, world.size))
+
+        # The loss and its gradients, averaged over the ranks.
+        loss = forward_backward(parallel, inputs, targets, micro_size, autocast)
+        if config.optimizer.grad_clip > 0:
+            nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)
+
+        # The step.
+        lr = learning_rate(config.optimizer, step, done)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+
+        meter.add(loss)
+        if step % config.log_interval == 0 or step == config.max_steps:
+            now = meter.read(world)
+            report.log(step=step, seconds=seconds, lr=lr, **asdict(now))
+            report.show(f"step {step}  loss {now.loss:.4f}  lr {lr:.2e}  {now}", done)
+            require_finite(now.loss, step)
+        if config.eval_interval and step % config.eval_interval == 0:
+            validate(config.eval_tokens)
+        if config.checkpoint_interval and step % config.checkpoint_interval == 0:
+            save()
+            saved = step
+
+    report.close()
+    if step != saved:
+        save()
+    validate(config.final_eval_tokens)
+    if world.rank == 0 and config.sample.tokens:
+        print(f"\n{sample(model, config.sample, config.seed)}")
+
+
+def forward_backward(
+    model: nn.Module, inputs: Tensor, targets: Tensor, micro_size: int, autocast: torch.autocast
+) -> Tensor:
+    """The mean loss of this rank's slice. Gradients add up over micro-batches; the last one averages them over ranks."""
+    pairs = list(zip(inputs.split(micro_size), targets.split(micro_size), strict=True))
+    total = torch.zeros((), device=inputs.device)
+    for count, (x, y) in enumerate(pairs, start=1):
+        waits = isinstance(model, DistributedDataParallel) and count < len(pairs)
+        with model.no_sync() if waits else contextlib.nullcontext():
+            with autocast:
+                loss = model(x, y).loss / len(pairs)
+            loss.backward()
+        total += loss.detach()
+    return total
+
+
+@torch.no_grad()
+def bits_per_byte(
+    model: nn.Module, corpus: Corpus, max_tokens: int, seq_len: int, batch_size: int, world: World
+) -> float:
+    """Mean loss, in bits, on windows of the held-out text, always the same ones, shared out to the ranks."""
+    windows = validation_windows(corpus.valid, seq_len, max_tokens)
+    model.eval()
+    total = torch.zeros((), device=world.device)
+    mine = windows[world.rank :: world.size]
+    for i in range(0, len(mine), batch_size):
+        inputs, targets = gather(corpus.valid, mine[i : i + batch_size], seq_len)
+        total += model(inputs.to(world.device), targets.to(world.device)).loss * len(inputs)
+    model.train()
+    return world.sum(total).item() / len(windows) / math.log(2)
+
+
+def sample(model: models.Decoder, config: SampleConfig, seed: int) -> str:
+    """The prompt and what the model makes of it."""
+    torch.manual_seed(seed)
+    prompt = torch.tensor([list(config.prompt.encode())], device=next(model.parameters()).device)
+    tokens = model.generate(
+        prompt, config.tokens, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p
+    )
+    return bytes(token for token in tokens[0].tolist() if token < 256).decode(errors="replace")
+
+
+def require_finite(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the loss is {loss} at step {step}; lower optimizer.lr, --resume from the last checkpoint."
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """What the command line asks for; the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        # Whatever can be wrong with the input shows here, before a process is started or a file is written.
+        config = parse(argv, __doc__)
+        start = find_start(config)
+        if start.config is not None:
+            config = parse(argv, __doc__, start.config)
+        config.check()
+        corpus = load_corpus(config.data.train, config.data.valid)
+        corpus.require(config.seq_len)
+        world_size = distributed.world_size(config.num_gpus)
+        device = distributed.device(world_size)
+        overview = describe(config, corpus, world_size, device, use_bf16(config.precision, device))
+
+        if distributed.is_first():
+            print(overview, flush=True)
+        if config.dry_run:
+            return 0
+        if world_size > 1 and not distributed.launched():
+            return distributed.launch(world_size, [sys.executable, os.path.abspath(__file__), *argv])
+        keep_freed_memory()
+        with distributed.join(device) as world:
+            train(config, start, corpus, world)
+        return 0
+    except (ConfigError, CheckpointError, DataError) as error:
+        return fail(error, 2)
+    except TrainingError as error:
+        return fail(error, 1)
+    except KeyboardInterrupt:
+        return fail("interrupted; --resume auto goes on from the last checkpoint.", 130)
+
+
+def fail(message: object, code: int) -> int:
+    if distributed.is_first():
+        print(f"train_minimal.py: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
