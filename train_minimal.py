@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from llmcore import models
 from llmcore.data import Batches, Corpus, DataError, gather, load_corpus, validation_windows
 from llmcore.train import distributed
-from llmcore.train.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from llmcore.train.checkpoint import CheckpointError, load_checkpoint, require_model, save_checkpoint
 from llmcore.train.config import ConfigError, SampleConfig, TrainConfig, model_config
 from llmcore.train.describe import describe
 from llmcore.train.distributed import World
@@ -53,7 +53,7 @@ def train(config: TrainConfig, start: Start, corpus: Corpus, world: World) -> No
     optimizer = build_optimizer(model, config.optimizer)
     if start.checkpoint is not None:
         load_checkpoint(start.checkpoint, model, optimizer)
-    parallel = DistributedDataParallel(model) if world.size > 1 else model
+    parallel: nn.Module = DistributedDataParallel(model) if world.size > 1 else model
     bf16 = use_bf16(config.precision, world.device)
     autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=bf16)
 
@@ -63,7 +63,11 @@ def train(config: TrainConfig, start: Start, corpus: Corpus, world: World) -> No
     report.say(f"run     {run}" + (f", resumed from {start.checkpoint}" if start.checkpoint else ""))
     report.log(event="start", step=start.step, processes=world.size, bf16=bf16, config=config.to_dict())
 
+    def elapsed() -> float:
+        return time.perf_counter() - began
+
     def validate(max_tokens: int) -> None:
+        seconds = elapsed()
         with meter.paused(), autocast:
             bits = bits_per_byte(model, corpus, max_tokens, config.seq_len, micro_size, world)
         report.log(step=step, seconds=seconds, val_bpb=bits)
@@ -73,14 +77,14 @@ def train(config: TrainConfig, start: Start, corpus: Corpus, world: World) -> No
         require_finite(world.sum(loss).item(), step)
         with meter.paused():
             if world.rank == 0:
-                path = save_checkpoint(run, step, time.perf_counter() - began, model, optimizer, config.to_dict())
+                path = save_checkpoint(run, step, elapsed(), model, optimizer, config.to_dict())
                 report.say(f"step {step}  checkpoint: {path}")
             world.wait()
 
     step = saved = start.step
     began = time.perf_counter() - start.seconds
     while True:
-        seconds = time.perf_counter() - began
+        seconds = elapsed()
         if config.max_seconds is not None:
             seconds = world.from_first(seconds)  # all ranks must stop at the same step
         done = progress(step, seconds, config.max_steps, config.max_seconds)
@@ -107,7 +111,7 @@ def train(config: TrainConfig, start: Start, corpus: Corpus, world: World) -> No
         meter.add(loss)
         if step % config.log_interval == 0 or step == config.max_steps:
             now = meter.read(world)
-            report.log(step=step, seconds=seconds, lr=lr, **asdict(now))
+            report.log(step=step, seconds=elapsed(), lr=lr, **asdict(now))
             report.show(f"step {step}  loss {now.loss:.4f}  lr {lr:.2e}  {now}", done)
             require_finite(now.loss, step)
         if config.eval_interval and step % config.eval_interval == 0:
@@ -127,12 +131,12 @@ def train(config: TrainConfig, start: Start, corpus: Corpus, world: World) -> No
 def forward_backward(
     model: nn.Module, inputs: Tensor, targets: Tensor, micro_size: int, autocast: torch.autocast
 ) -> Tensor:
-    """The mean loss of this rank's slice. Gradients add up over micro-batches; the last one averages them over ranks."""
+    """The mean loss of this rank's slice. Gradients add up over micro-batches; in the last, over ranks as well."""
     pairs = list(zip(inputs.split(micro_size), targets.split(micro_size), strict=True))
     total = torch.zeros((), device=inputs.device)
     for count, (x, y) in enumerate(pairs, start=1):
-        waits = isinstance(model, DistributedDataParallel) and count < len(pairs)
-        with model.no_sync() if waits else contextlib.nullcontext():
+        more = count < len(pairs)
+        with model.no_sync() if more and isinstance(model, DistributedDataParallel) else contextlib.nullcontext():
             with autocast:
                 loss = model(x, y).loss / len(pairs)
             loss.backward()
@@ -160,10 +164,9 @@ def sample(model: models.Decoder, config: SampleConfig, seed: int) -> str:
     """The prompt and what the model makes of it."""
     torch.manual_seed(seed)
     prompt = torch.tensor([list(config.prompt.encode())], device=next(model.parameters()).device)
-    tokens = model.generate(
-        prompt, config.tokens, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p
-    )
-    return bytes(token for token in tokens[0].tolist() if token < 256).decode(errors="replace")
+    new = model.generate(prompt, config.tokens, config.temperature, config.top_k, config.top_p, stream=True)
+    tokens = [*prompt[0].tolist(), *(int(token) for token in new)]
+    return bytes(token for token in tokens if token < 256).decode(errors="replace")
 
 
 def require_finite(loss: float, step: int) -> None:
@@ -183,18 +186,20 @@ def main(argv: list[str] | None = None) -> int:
         if start.config is not None:
             config = parse(argv, __doc__, start.config)
         config.check()
+        if start.checkpoint is not None:
+            require_model(start.checkpoint, model_config(config))
         corpus = load_corpus(config.data.train, config.data.valid)
         corpus.require(config.seq_len)
         world_size = distributed.world_size(config.num_gpus)
         device = distributed.device(world_size)
         overview = describe(config, corpus, world_size, device, use_bf16(config.precision, device))
 
+        if world_size > 1 and not distributed.launched() and not config.dry_run:
+            return distributed.launch(world_size, [sys.executable, os.path.abspath(__file__), *argv])
         if distributed.is_first():
             print(overview, flush=True)
         if config.dry_run:
             return 0
-        if world_size > 1 and not distributed.launched():
-            return distributed.launch(world_size, [sys.executable, os.path.abspath(__file__), *argv])
         keep_freed_memory()
         with distributed.join(device) as world:
             train(config, start, corpus, world)

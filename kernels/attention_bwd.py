@@ -16,7 +16,7 @@ import triton.language as tl
 
 from . import device
 from .attention_tiles import (
-    TileConfig, config_of, describable, descriptor, dot_precision, head_of, heads_per_section, is_visible, limits,
+    Table, config_of, describable, descriptor, dot_precision, head_of, heads_per_section, is_visible, limits,
     load_tile, my_tile, padded, scale_of_powers_of_two, visited,
 )
 
@@ -26,34 +26,36 @@ QUERY_MULTIPLE = 128
 
 LOG2E = tl.constexpr(math.log2(math.e))
 
-# The two passes by architecture and kind of product, then by the largest padded head size they are for.
-DKDV_CONFIGS = {
-    ("sm_90", "half"): {64: TileConfig(64, 128, 8, 2), 128: TileConfig(64, 128, 8, 2), 256: TileConfig(64, 64, 8, 1)},
-    ("sm_90", "tf32"): {64: TileConfig(64, 64, 8, 2), 128: TileConfig(32, 64, 8, 2), 256: TileConfig(32, 64, 8, 1)},
-    ("sm_90", "ieee"): {64: TileConfig(32, 64, 8, 2), 128: TileConfig(32, 64, 8, 1), 256: TileConfig(32, 32, 8, 1)},
-    ("sm_80", "half"): {64: TileConfig(64, 128, 8, 2), 128: TileConfig(64, 64, 8, 2), 256: TileConfig(32, 64, 8, 1)},
-    ("sm_80", "tf32"): {64: TileConfig(64, 64, 8, 2), 128: TileConfig(32, 64, 8, 1), 256: TileConfig(32, 32, 8, 1)},
-    ("sm_80", "ieee"): {64: TileConfig(32, 64, 8, 2), 128: TileConfig(32, 64, 8, 1), 256: TileConfig(32, 32, 8, 1)},
-    ("sm_86", "half"): {64: TileConfig(64, 128, 8, 2), 128: TileConfig(64, 64, 8, 1), 256: TileConfig(32, 64, 8, 1)},
-    ("sm_86", "tf32"): {64: TileConfig(32, 64, 8, 2), 128: TileConfig(32, 64, 8, 1), 256: TileConfig(16, 32, 8, 1)},
-    ("sm_86", "ieee"): {64: TileConfig(32, 64, 8, 2), 128: TileConfig(32, 64, 8, 1), 256: TileConfig(16, 32, 8, 1)},
-    (device.INTERPRETER, "half"): {256: TileConfig(64, 64, 4, 1)},
-    (device.INTERPRETER, "tf32"): {256: TileConfig(64, 64, 4, 1)},
-    (device.INTERPRETER, "ieee"): {256: TileConfig(64, 64, 4, 1)},
+# (BLOCK_M, BLOCK_N, warps, stages) of the two passes, see attention_tiles.Table.
+DKDV_CONFIGS: Table = {
+    ("sm_90", "half"): {64: (128, 64, 4, 2), 128: (64, 64, 4, 2), 256: (32, 64, 8, 2)},
+    ("sm_90", "half by pointer"): {64: (64, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 64, 8, 1)},
+    ("sm_90", "tf32"): {64: (64, 64, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)},
+    ("sm_90", "ieee"): {64: (64, 64, 8, 2), 128: (32, 32, 8, 1), 256: (16, 32, 8, 2)},
+    ("sm_80", "half"): {64: (64, 32, 4, 2), 128: (32, 64, 8, 2), 256: (32, 64, 8, 1)},
+    ("sm_80", "tf32"): {64: (32, 64, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 1)},
+    ("sm_80", "ieee"): {64: (64, 64, 8, 2), 128: (32, 32, 8, 2), 256: (16, 32, 8, 2)},
+    ("sm_86", "half"): {64: (64, 32, 4, 2), 128: (32, 64, 8, 2), 256: (16, 64, 8, 1)},
+    ("sm_86", "tf32"): {64: (32, 64, 8, 2), 128: (32, 32, 8, 2), 256: (16, 16, 8, 1)},
+    ("sm_86", "ieee"): {64: (64, 64, 8, 2), 128: (32, 32, 8, 2), 256: (16, 32, 8, 2)},
+    (device.INTERPRETER, "half"): {256: (64, 64, 4, 1)},
+    (device.INTERPRETER, "tf32"): {256: (64, 64, 4, 1)},
+    (device.INTERPRETER, "ieee"): {256: (64, 64, 4, 1)},
 }
-DQ_CONFIGS = {
-    ("sm_90", "half"): {64: TileConfig(128, 64, 8, 2), 128: TileConfig(128, 64, 8, 2), 256: TileConfig(64, 64, 8, 1)},
-    ("sm_90", "tf32"): {64: TileConfig(64, 64, 8, 2), 128: TileConfig(64, 32, 8, 2), 256: TileConfig(64, 32, 8, 1)},
-    ("sm_90", "ieee"): {64: TileConfig(64, 32, 8, 2), 128: TileConfig(64, 32, 8, 1), 256: TileConfig(32, 32, 8, 1)},
-    ("sm_80", "half"): {64: TileConfig(128, 64, 8, 2), 128: TileConfig(64, 64, 8, 2), 256: TileConfig(64, 32, 8, 1)},
-    ("sm_80", "tf32"): {64: TileConfig(64, 64, 8, 2), 128: TileConfig(64, 32, 8, 1), 256: TileConfig(32, 32, 8, 1)},
-    ("sm_80", "ieee"): {64: TileConfig(64, 32, 8, 2), 128: TileConfig(64, 32, 8, 1), 256: TileConfig(32, 32, 8, 1)},
-    ("sm_86", "half"): {64: TileConfig(128, 64, 8, 2), 128: TileConfig(64, 64, 8, 1), 256: TileConfig(64, 32, 8, 1)},
-    ("sm_86", "tf32"): {64: TileConfig(64, 32, 8, 2), 128: TileConfig(64, 32, 8, 1), 256: TileConfig(32, 16, 8, 1)},
-    ("sm_86", "ieee"): {64: TileConfig(64, 32, 8, 2), 128: TileConfig(64, 32, 8, 1), 256: TileConfig(32, 16, 8, 1)},
-    (device.INTERPRETER, "half"): {256: TileConfig(64, 64, 4, 1)},
-    (device.INTERPRETER, "tf32"): {256: TileConfig(64, 64, 4, 1)},
-    (device.INTERPRETER, "ieee"): {256: TileConfig(64, 64, 4, 1)},
+DQ_CONFIGS: Table = {
+    ("sm_90", "half"): {64: (128, 64, 4, 2), 128: (128, 128, 8, 2), 256: (64, 64, 8, 2)},
+    ("sm_90", "half by pointer"): {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)},
+    ("sm_90", "tf32"): {64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
+    ("sm_90", "ieee"): {64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (32, 16, 8, 2)},
+    ("sm_80", "half"): {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
+    ("sm_80", "tf32"): {64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
+    ("sm_80", "ieee"): {64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (32, 16, 8, 2)},
+    ("sm_86", "half"): {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
+    ("sm_86", "tf32"): {64: (64, 64, 8, 2), 128: (32, 32, 8, 2), 256: (32, 16, 8, 1)},
+    ("sm_86", "ieee"): {64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (32, 16, 8, 2)},
+    (device.INTERPRETER, "half"): {256: (64, 64, 4, 1)},
+    (device.INTERPRETER, "tf32"): {256: (64, 64, 4, 1)},
+    (device.INTERPRETER, "ieee"): {256: (64, 64, 4, 1)},
 }
 DELTA_ELEMENTS = 4096
 

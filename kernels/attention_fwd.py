@@ -16,25 +16,27 @@ import triton.language as tl
 
 from . import device
 from .attention_tiles import (
-    TileConfig, config_of, describable, descriptor, dot_precision, head_of, heads_per_section, is_visible, limits,
+    Table, config_of, describable, descriptor, dot_precision, head_of, heads_per_section, is_visible, limits,
     load_tile, my_tile, padded, scale_of_powers_of_two, visited,
 )
 
 
-# By architecture and kind of product, then by the largest padded head size they are for.
-CONFIGS = {
-    ("sm_90", "half"): {64: TileConfig(128, 64, 4, 3), 128: TileConfig(128, 128, 8, 3), 256: TileConfig(128, 64, 8, 3)},
-    ("sm_90", "tf32"): {64: TileConfig(128, 64, 8, 2), 128: TileConfig(128, 32, 8, 2), 256: TileConfig(64, 32, 8, 2)},
-    ("sm_90", "ieee"): {64: TileConfig(128, 32, 8, 2), 128: TileConfig(64, 32, 8, 2), 256: TileConfig(32, 32, 8, 2)},
-    ("sm_80", "half"): {64: TileConfig(128, 64, 4, 3), 128: TileConfig(128, 64, 8, 3), 256: TileConfig(128, 32, 8, 3)},
-    ("sm_80", "tf32"): {64: TileConfig(128, 64, 8, 2), 128: TileConfig(64, 64, 8, 2), 256: TileConfig(64, 32, 8, 2)},
-    ("sm_80", "ieee"): {64: TileConfig(128, 32, 8, 2), 128: TileConfig(64, 32, 8, 2), 256: TileConfig(32, 32, 8, 2)},
-    ("sm_86", "half"): {64: TileConfig(128, 64, 4, 3), 128: TileConfig(64, 64, 4, 2), 256: TileConfig(64, 32, 4, 2)},
-    ("sm_86", "tf32"): {64: TileConfig(128, 64, 8, 2), 128: TileConfig(64, 32, 8, 2), 256: TileConfig(32, 16, 4, 2)},
-    ("sm_86", "ieee"): {64: TileConfig(128, 32, 8, 2), 128: TileConfig(64, 32, 8, 2), 256: TileConfig(32, 16, 4, 2)},
-    (device.INTERPRETER, "half"): {256: TileConfig(64, 64, 4, 1)},
-    (device.INTERPRETER, "tf32"): {256: TileConfig(64, 64, 4, 1)},
-    (device.INTERPRETER, "ieee"): {256: TileConfig(64, 64, 4, 1)},
+# (BLOCK_M, BLOCK_N, warps, stages), see attention_tiles.Table. On sm_90 up to head size 128 two programs share a multiprocessor, so
+# that one's exponentials run beside the other's products.
+CONFIGS: Table = {
+    ("sm_90", "half"): {64: (128, 128, 4, 2), 128: (128, 64, 4, 2), 256: (128, 64, 8, 2)},
+    ("sm_90", "half by pointer"): {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 64, 8, 2)},
+    ("sm_90", "tf32"): {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
+    ("sm_90", "ieee"): {64: (128, 32, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 2)},
+    ("sm_80", "half"): {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 3)},
+    ("sm_80", "tf32"): {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
+    ("sm_80", "ieee"): {64: (128, 32, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 2)},
+    ("sm_86", "half"): {64: (128, 64, 4, 3), 128: (128, 32, 8, 3), 256: (64, 32, 4, 2)},
+    ("sm_86", "tf32"): {64: (128, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 16, 4, 2)},
+    ("sm_86", "ieee"): {64: (128, 32, 8, 2), 128: (64, 32, 8, 2), 256: (32, 16, 4, 2)},
+    (device.INTERPRETER, "half"): {256: (64, 64, 4, 1)},
+    (device.INTERPRETER, "tf32"): {256: (64, 64, 4, 1)},
+    (device.INTERPRETER, "ieee"): {256: (64, 64, 4, 1)},
 }
 
 # Below every score, yet finite: the difference of two maxima is 0 and not NaN in a row that has seen no key.

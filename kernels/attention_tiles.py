@@ -25,7 +25,9 @@ class TileConfig(NamedTuple):
     num_stages: int
 
 
-Table = dict[tuple[str, str], dict[int, TileConfig]]
+# By architecture and kind of product, then by the largest padded head size an entry is for. "half" is bf16 and fp16, which on
+# sm_90 may have other tiles when they come by pointers and not by descriptors; fp32 is "ieee" or "tf32".
+Table = dict[tuple[str, str], dict[int, tuple[int, int, int, int]]]
 
 
 def config_of(table: Table, q: torch.Tensor, head_size: int, tma: bool) -> TileConfig:
@@ -35,7 +37,7 @@ def config_of(table: Table, q: torch.Tensor, head_size: int, tma: bool) -> TileC
     if not tma and (arch, f"{kind} by pointer") in table:
         kind = f"{kind} by pointer"
     sizes = table[arch, kind]
-    return sizes[min(size for size in sizes if size >= head_size)]
+    return TileConfig(*sizes[min(size for size in sizes if size >= head_size)])
 
 
 @triton.jit
@@ -85,9 +87,9 @@ def is_visible(
 ):
     visible = n < Tk
     if LIMIT_LEFT:
-        visible = visible & (n >= m + (shift - window_left))
+        visible = visible & (n - (shift - window_left) >= m)
     if LIMIT_RIGHT:
-        visible = visible & (n <= m + (shift + window_right))
+        visible = visible & (n - (shift + window_right) <= m)
     return visible
 
 

@@ -67,9 +67,9 @@ LLMCORE_INLINE void parallel_for(int64_t n, int64_t grain, const F& f) {
 // f(item, thread) for items 0, 1, ..., n - 1 handed out in this order to whichever thread is free: for items of unequal cost,
 // the dearest first. Which thread gets an item varies from run to run.
 template <class F>
-LLMCORE_INLINE void parallel_dynamic(int64_t n, const F& f) {
+LLMCORE_INLINE void parallel_dynamic(bool concurrent, int64_t n, const F& f) {
     int64_t next = 0;
-    parallel(n > 1, [&](int thread, int) {
+    parallel(concurrent && n > 1, [&](int thread, int) {
         for (;;) {
             const int64_t item = __atomic_fetch_add(&next, int64_t(1), __ATOMIC_RELAXED);
             if (item >= n) break;

@@ -5,7 +5,7 @@
 //   bf16_t, fp16_t   elements in memory; arithmetic is always on floats
 //   load, store      convert from and to float, bf16, fp16 (round to nearest even, a NaN stays a NaN); with a count n <= VL
 //                    they touch the first n elements only, and load fills the rest with zeros
-//   exp              e^x to about 1 ulp over the whole range, subnormal results included; exp2_nonpositive for softmax
+//   exp              e^x to about 1 ulp over the whole range, subnormal results included; exp2_fast for a softmax
 //
 // The translation units of several levels are linked together, so everything here has internal linkage and is inlined: a shared
 // inline function could be emitted with AVX-512 instructions and then be the one that every level calls.
@@ -34,12 +34,25 @@ using std::int64_t;
 using std::uint16_t;
 using std::uint32_t;
 
+// A build may name a size of its own: code for wide vectors is then tested on a processor that has none.
+#if !defined(LLMCORE_VECTOR_BYTES)
 #if defined(__AVX512F__)
 #define LLMCORE_VECTOR_BYTES 64
 #elif defined(__AVX2__)
 #define LLMCORE_VECTOR_BYTES 32
 #else
 #define LLMCORE_VECTOR_BYTES 16
+#endif
+#endif
+
+#if LLMCORE_VECTOR_BYTES == 64 && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define LLMCORE_AVX512
+#elif LLMCORE_VECTOR_BYTES == 32 && defined(__AVX2__)
+#define LLMCORE_AVX2
+#elif LLMCORE_VECTOR_BYTES == 16 && defined(__SSE2__)
+#define LLMCORE_SSE2
+#elif LLMCORE_VECTOR_BYTES == 16 && defined(__aarch64__)
+#define LLMCORE_NEON
 #endif
 
 constexpr int VL = LLMCORE_VECTOR_BYTES / 4;
@@ -88,21 +101,42 @@ LLMCORE_INLINE vf zero() { return vf{}; }
 LLMCORE_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
 
 // b where either is a NaN
-LLMCORE_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
-LLMCORE_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
+LLMCORE_INLINE vf max(vf a, vf b) {
+#if defined(LLMCORE_AVX512)
+    return (vf)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+#elif defined(LLMCORE_AVX2)
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(LLMCORE_SSE2)
+    return (vf)_mm_max_ps((__m128)a, (__m128)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+LLMCORE_INLINE vf min(vf a, vf b) {
+#if defined(LLMCORE_AVX512)
+    return (vf)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b);
+#elif defined(LLMCORE_AVX2)
+    return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(LLMCORE_SSE2)
+    return (vf)_mm_min_ps((__m128)a, (__m128)b);
+#else
+    return a < b ? a : b;
+#endif
+}
 
 // fused where the processor can: the build says -ffp-contract=fast
 LLMCORE_INLINE vf fmadd(vf a, vf b, vf c) { return a * b + c; }
 
-#if defined(__AVX512F__)
+#if defined(LLMCORE_AVX512)
 // GCC 12 warns of an uninitialised operand inside AVX-512 intrinsics without a mask; with all lanes on, the code is the same
 LLMCORE_INLINE __m256 low_half(vf x) { return _mm512_maskz_extractf32x8_ps(0xff, (__m512)x, 0); }
 LLMCORE_INLINE __m256 high_half(vf x) { return _mm512_maskz_extractf32x8_ps(0xff, (__m512)x, 1); }
 #endif
 
 LLMCORE_INLINE float reduce_sum(vf x) {
-#if defined(__AVX2__)
-#if defined(__AVX512F__)
+#if defined(LLMCORE_AVX512) || defined(LLMCORE_AVX2)
+#if defined(LLMCORE_AVX512)
     const __m256 y = _mm256_add_ps(low_half(x), high_half(x));
 #else
     const __m256 y = (__m256)x;
@@ -111,13 +145,15 @@ LLMCORE_INLINE float reduce_sum(vf x) {
     z = _mm_add_ps(z, _mm_movehl_ps(z, z));
     return _mm_cvtss_f32(_mm_add_ss(z, _mm_movehdup_ps(z)));
 #else
-    return (x[0] + x[2]) + (x[1] + x[3]);
+    float sums[4] = {x[0], x[1], x[2], x[3]};
+    for (int i = 4; i < VL; ++i) sums[i % 4] += x[i];
+    return (sums[0] + sums[2]) + (sums[1] + sums[3]);
 #endif
 }
 
 LLMCORE_INLINE float reduce_max(vf x) {
-#if defined(__AVX2__)
-#if defined(__AVX512F__)
+#if defined(LLMCORE_AVX512) || defined(LLMCORE_AVX2)
+#if defined(LLMCORE_AVX512)
     const __m256 y = _mm256_max_ps(low_half(x), high_half(x));
 #else
     const __m256 y = (__m256)x;
@@ -125,11 +161,10 @@ LLMCORE_INLINE float reduce_max(vf x) {
     __m128 z = _mm_max_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
     z = _mm_max_ps(z, _mm_movehl_ps(z, z));
     return _mm_cvtss_f32(_mm_max_ss(z, _mm_movehdup_ps(z)));
-#elif defined(__aarch64__)
-    return vmaxvq_f32((float32x4_t)x);
 #else
-    const float a = x[0] > x[2] ? x[0] : x[2], b = x[1] > x[3] ? x[1] : x[3];
-    return a > b ? a : b;
+    float most = x[0];
+    for (int i = 1; i < VL; ++i) most = most > x[i] ? most : x[i];
+    return most;
 #endif
 }
 
@@ -145,11 +180,11 @@ LLMCORE_INLINE vh narrow_bf16(vf x) {
 }
 
 LLMCORE_INLINE vf widen_fp16(vh h) {
-#if defined(__AVX512F__)
+#if defined(LLMCORE_AVX512)
     return (vf)_mm512_maskz_cvtph_ps(0xffff, (__m256i)h);
-#elif defined(__F16C__) && defined(__AVX2__)
+#elif defined(LLMCORE_AVX2) && defined(__F16C__)
     return (vf)_mm256_cvtph_ps((__m128i)h);
-#elif defined(__aarch64__)
+#elif defined(LLMCORE_NEON)
     return (vf)vcvt_f32_f16((float16x4_t)h);
 #else
     const vu wide = __builtin_convertvector(h, vu), magnitude = wide & 0x7fffu;
@@ -159,11 +194,11 @@ LLMCORE_INLINE vf widen_fp16(vh h) {
 }
 
 LLMCORE_INLINE vh narrow_fp16(vf x) {
-#if defined(__AVX512F__)
+#if defined(LLMCORE_AVX512)
     return (vh)_mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#elif defined(__F16C__) && defined(__AVX2__)
+#elif defined(LLMCORE_AVX2) && defined(__F16C__)
     return (vh)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#elif defined(__aarch64__)
+#elif defined(LLMCORE_NEON)
     return (vh)vcvt_f16_f32((float32x4_t)x);
 #else
     const vu bits = (vu)x, magnitude = bits & 0x7fffffffu;
@@ -191,13 +226,13 @@ LLMCORE_INLINE void store_bits(T* p, V x) {
     __builtin_memcpy(p, &x, sizeof x);
 }
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(LLMCORE_AVX2)
 constexpr int32_t first_lanes_table[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
 LLMCORE_INLINE __m256i first_lanes(int n) { return _mm256_loadu_si256((const __m256i*)(first_lanes_table + 8 - n)); }
 #endif
 
 LLMCORE_INLINE vh load_halves(const void* p, int n) {
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(LLMCORE_AVX512)
     return (vh)_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1u), p);
 #else
     uint16_t buffer[VL] = {};
@@ -207,7 +242,7 @@ LLMCORE_INLINE vh load_halves(const void* p, int n) {
 }
 
 LLMCORE_INLINE void store_halves(void* p, vh x, int n) {
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(LLMCORE_AVX512)
     _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1u), (__m256i)x);
 #else
     uint16_t buffer[VL];
@@ -225,9 +260,9 @@ LLMCORE_INLINE void store(bf16_t* p, vf x) { store_bits(p, narrow_bf16(x)); }
 LLMCORE_INLINE void store(fp16_t* p, vf x) { store_bits(p, narrow_fp16(x)); }
 
 LLMCORE_INLINE vf load(const float* p, int n) {
-#if defined(__AVX512F__)
+#if defined(LLMCORE_AVX512)
     return (vf)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1u), p);
-#elif defined(__AVX2__)
+#elif defined(LLMCORE_AVX2)
     return (vf)_mm256_maskload_ps(p, first_lanes(n));
 #else
     float buffer[VL] = {};
@@ -239,9 +274,9 @@ LLMCORE_INLINE vf load(const bf16_t* p, int n) { return widen_bf16(load_halves(p
 LLMCORE_INLINE vf load(const fp16_t* p, int n) { return widen_fp16(load_halves(p, n)); }
 
 LLMCORE_INLINE void store(float* p, vf x, int n) {
-#if defined(__AVX512F__)
+#if defined(LLMCORE_AVX512)
     _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1u), (__m512)x);
-#elif defined(__AVX2__)
+#elif defined(LLMCORE_AVX2)
     _mm256_maskstore_ps(p, first_lanes(n), (__m256)x);
 #else
     for (int i = 0; i < n; ++i) p[i] = x[i];
@@ -258,7 +293,7 @@ constexpr int32_t round_magic_bits = 0x4b400000;
 
 // p * 2^n for whole n in [-150, 128], with one rounding
 LLMCORE_INLINE vf scale_by_power(vf p, vf n) {
-#if defined(__AVX512F__)
+#if defined(LLMCORE_AVX512)
     return (vf)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
 #else
     const vi whole = (vi)(n + round_magic) - round_magic_bits, half = whole >> 1;
@@ -282,11 +317,11 @@ LLMCORE_INLINE vf exp(vf x) {
 
 LLMCORE_INLINE float exp(float x) { return exp(broadcast(x))[0]; }
 
-// 2^x for x <= 0 or -inf; 0 where the result would be subnormal. A NaN stays a NaN.
-LLMCORE_INLINE vf exp2_nonpositive(vf x) {
+// 2^x for x < 128, as in a softmax whose maximum is subtracted; 0 where the result would be subnormal. A NaN stays a NaN.
+LLMCORE_INLINE vf exp2_fast(vf x) {
     const vf clamped = max(broadcast(-127.0f), x);
-    const vf t = clamped + round_magic;
-    const vf r = clamped - (t - round_magic);
+    const vf biased = round_magic + 127.0f + clamped;  // its low bits are the result's exponent field
+    const vf r = clamped - (biased - (round_magic + 127.0f));
     vf p = broadcast(1.55946782e-4f);
     p = fmadd(p, r, broadcast(1.34066439e-3f));
     p = fmadd(p, r, broadcast(9.61769297e-3f));
@@ -294,8 +329,31 @@ LLMCORE_INLINE vf exp2_nonpositive(vf x) {
     p = fmadd(p, r, broadcast(2.40226528e-1f));
     p = fmadd(p, r, broadcast(6.93147215e-1f));
     p = fmadd(p, r, broadcast(1.0f));
-    // the low bits of t hold n; 2^-127 has the exponent bits of zero
-    return p * (vf)(((vi)t + 127) << 23);
+    return p * (vf)((vi)biased << 23);
+}
+
+// ---- shuffles ---------------------------------------------------------------------------------------------------------------
+
+typedef int32_t v4i __attribute__((vector_size(16)));
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define LLMCORE_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+#define LLMCORE_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, v4i{i, j, k, l})
+#endif
+
+// 4 rows of 4 words at `from`, transposed, to 4 rows at `to`; the strides are in words
+LLMCORE_INLINE void transpose_4x4(const void* from, int64_t from_stride, void* to, int64_t to_stride) {
+    const int32_t* p = (const int32_t*)from;
+    int32_t* q = (int32_t*)to;
+    const v4i a = load_bits<v4i>(p), b = load_bits<v4i>(p + from_stride);
+    const v4i c = load_bits<v4i>(p + 2 * from_stride), d = load_bits<v4i>(p + 3 * from_stride);
+    const v4i ab = LLMCORE_SHUFFLE(a, b, 0, 4, 1, 5), cd = LLMCORE_SHUFFLE(c, d, 0, 4, 1, 5);
+    const v4i ab_high = LLMCORE_SHUFFLE(a, b, 2, 6, 3, 7), cd_high = LLMCORE_SHUFFLE(c, d, 2, 6, 3, 7);
+    store_bits(q, LLMCORE_SHUFFLE(ab, cd, 0, 1, 4, 5));
+    store_bits(q + to_stride, LLMCORE_SHUFFLE(ab, cd, 2, 3, 6, 7));
+    store_bits(q + 2 * to_stride, LLMCORE_SHUFFLE(ab_high, cd_high, 0, 1, 4, 5));
+    store_bits(q + 3 * to_stride, LLMCORE_SHUFFLE(ab_high, cd_high, 2, 3, 6, 7));
 }
 
 }  // namespace

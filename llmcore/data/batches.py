@@ -1,8 +1,8 @@
 """The batch of a step as a pure function of (seed, step): nothing to save, nothing to restore on resume.
 
 Epoch e cuts the text into windows of T tokens, from an offset drawn for (seed, e), and shuffles them. Sample
-i = step * B + b is window i mod W of epoch i div W, so that each token is read once per epoch. Rank r takes slice r of the
-batch: N ranks together see what one rank alone would see.
+i = step * B + b is window i mod W of epoch i div W, so that each token is read once per epoch. Rank r takes slice r of
+the batch: N ranks together see what one rank alone would see.
 
 B: sequences in the global batch, T: tokens in a sequence, W: windows in an epoch.
 """

@@ -2,7 +2,7 @@
 
     step_100/model.safetensors, config.json   the model, as llmcore.models.save and load write and read it
     step_100/optimizer.safetensors            AdamW's state, one tensor per parameter and moment
-    step_100/meta.json                        step, seconds, configuration, git commit, versions, files' sizes and SHA-256
+    step_100/meta.json                        step, seconds, configuration, commit, versions, files' sizes and SHA-256
 
 It is written to step_100.tmp, flushed to the disk and renamed; it is verified before it is read; nothing is unpickled.
 """
@@ -29,7 +29,7 @@ META, OPTIMIZER = "meta.json", "optimizer.safetensors"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, truncated, corrupted or of another model; the message names the file and the fault."""
+    """A checkpoint that is missing, truncated, corrupted or of another model; the message names the file."""
 
 
 def save_checkpoint(
@@ -90,17 +90,21 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     return meta
 
 
-def load_checkpoint(checkpoint: Path, model: models.Decoder, optimizer: torch.optim.Optimizer) -> None:
-    """Put a verified checkpoint's weights and optimizer state into `model` and `optimizer`."""
+def require_model(checkpoint: Path, config: models.ModelConfig) -> None:
+    """Raise a CheckpointError unless the model of a verified checkpoint is the one that `config` describes."""
     try:
-        saved = models.load(checkpoint)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint} cannot be used here: {error}") from error
-    for name, value in saved.config.to_dict().items():
-        asked = getattr(model.config, name)
+        saved = models.ModelConfig.from_dict(json.loads((checkpoint / "config.json").read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint / 'config.json'} describes no model of this version: {error}") from error
+    for name, value in saved.to_dict().items():
+        asked = getattr(config, name)
         if value != asked:
             raise CheckpointError(f"{checkpoint} holds a model with {name}={value}; this run asks for {asked}.")
-    model.load_state_dict(saved.state_dict())
+
+
+def load_checkpoint(checkpoint: Path, model: models.Decoder, optimizer: torch.optim.Optimizer) -> None:
+    """Put a verified checkpoint of the same model into `model` and `optimizer`."""
+    model.load_state_dict(models.load(checkpoint).state_dict())
     parameters = dict(model.named_parameters())
     with safe_open(checkpoint / OPTIMIZER, framework="pt") as file:
         names = list(file.keys())

@@ -79,7 +79,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the matrix products; weights are always fp32. Auto is bf16 where the processor gains from it."""
     num_gpus: int | None = None
-    """Start this many processes, one per GPU, or on the CPU of a machine without GPUs. Null is one, or torchrun's number."""
+    """Start this many processes, one per GPU (on the CPU where there is no GPU). Null is one, or torchrun's number."""
     seed: int = 0
     """Of the weights, the batches and the sample."""
     log_interval: int = 10
@@ -97,7 +97,7 @@ class TrainConfig:
     name: str | None = None
     """Name of this run's folder in out_dir, which must not exist yet; null is the preset, the date and the time."""
     resume: str | None = None
-    """Go on with a run's folder, from one of its checkpoints in a new folder, or with the newest run there is (auto)."""
+    """Go on with a run's folder, from one of its checkpoints in a new folder, or (auto) with the newest run."""
     dry_run: bool = False
     """Check everything, describe the run, train nothing and write nothing."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -150,8 +150,8 @@ class TrainConfig:
         if self.batch_size % (size * world_size):
             micro = "" if self.micro_batch_size is None else f" with micro_batch_size={size}"
             raise ConfigError(
-                f"batch_size is {self.batch_size}; allowed is a multiple of {size * world_size}, as there are {world_size} "
-                f"processes{micro}."
+                f"batch_size is {self.batch_size}; allowed is a multiple of {size * world_size}, "
+                f"as there are {world_size} processes{micro}."
             )
         return size, self.batch_size // (size * world_size)
 

@@ -14,33 +14,32 @@ def describe(config: TrainConfig, corpus: Corpus, world_size: int, device: torch
     model = model_config(config)
     size, count = config.micro_batches(world_size)
     tokens = config.batch_size * config.seq_len
-    steps = (
-        config.max_steps and f"{config.max_steps:,} steps = {config.max_steps * tokens / corpus.train.size:.2f} epochs"
-    )
-    seconds = config.max_seconds and f"{config.max_seconds:g} s"
-    if device.type == "cuda":
-        where = f"{world_size} x {torch.cuda.get_device_name(device)}" + (", DDP over NCCL" if world_size > 1 else "")
-    else:
-        where = (
-            "the CPU, no GPU was found"
-            if world_size == 1
-            else f"{world_size} CPU processes, no GPU was found, DDP over gloo"
-        )
-    flops = tokens * model.flops_per_token(config.seq_len)
+    limits = []
+    if config.max_steps is not None:
+        limits.append(f"{config.max_steps:,} steps = {config.max_steps * tokens / corpus.train.size:.2f} epochs")
+    if config.max_seconds is not None:
+        limits.append(f"{config.max_seconds:g} s")
     weights = model.num_parameters() * BYTES_PER_PARAMETER
     activations = saved_for_backward(model, size, config.seq_len, device, bf16)
     return "\n".join(
         [
             f"model   {config.preset}, {model.num_parameters():,} parameters",
             f"text    {corpus.describe()}",
-            f"batch   {config.batch_size} sequences x {config.seq_len} = {tokens:,} tokens, {count} x {size} sequences per process",
-            f"length  {' or '.join(filter(None, [steps, seconds]))}",
-            f"device  {where}, {'bf16' if bf16 else 'fp32'}",
-            f"cost    {flops / 1e9:,.1f} GFLOP a step",
+            f"batch   {config.batch_size} sequences x {config.seq_len} = {tokens:,} tokens, {count} x {size} a process",
+            f"length  {' or '.join(limits)}",
+            f"device  {_devices(world_size, device)}, {'bf16' if bf16 else 'fp32'}",
+            f"cost    {tokens * model.flops_per_token(config.seq_len) / 1e9:,.1f} GFLOP a step",
             f"memory  about {(weights + activations) / 1e6:,.0f} MB per process: weights, gradients and AdamW "
             f"{weights / 1e6:,.0f}, kept for the backward pass {activations / 1e6:,.0f}",
         ]
     )
+
+
+def _devices(world_size: int, device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{world_size} x {torch.cuda.get_device_name(device)}" + (", DDP over NCCL" if world_size > 1 else "")
+    processes = "" if world_size == 1 else f" with {world_size} processes, DDP over gloo"
+    return f"the CPU (no GPU was found){processes}"
 
 
 def saved_for_backward(

@@ -12,8 +12,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def keep_freed_memory(size: int = 1 << 30) -> None:
-    """Let glibc keep freed blocks up to `size` bytes: fresh pages for each tensor cost 10 to 20 % of a training step on a
-    CPU. Does nothing where the C library is another one."""
+    """Let glibc keep freed blocks up to `size` bytes: fresh pages for each tensor cost 10 to 20 % of a training step on
+    a CPU. Does nothing where the C library is another one."""
     if not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

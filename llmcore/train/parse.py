@@ -22,8 +22,8 @@ NOT_INHERITED = ("out_dir", "name", "resume", "dry_run")  # by a run that goes o
 
 
 def parse(argv: list[str], description: str, resumed: dict[str, Any] | None = None) -> TrainConfig:
-    """What `argv` asks for, on top of the configuration `resumed` if there is one; ranges are left to TrainConfig.check.
-    Ends the process for --help and --print_config."""
+    """What `argv` asks for, on top of the configuration `resumed` if there is one. Ranges are left to
+    TrainConfig.check. Ends the process for --help and --print_config."""
     parser = _parser(description)
     if resumed is not None:
         _check_keys(resumed, "the checkpoint's configuration")

@@ -36,7 +36,9 @@ class Meter:
 
     def __init__(self, tokens_per_step: int, flops_per_token: float) -> None:
         self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
-        self._reset()
+        self.loss = torch.zeros(())
+        self.steps = 0
+        self.began = time.perf_counter()
 
     def add(self, loss: Tensor) -> None:
         """One step's loss on this rank."""
@@ -47,7 +49,7 @@ class Meter:
         """All ranks must call it."""
         loss = (world.sum(self.loss) / (self.steps * world.size)).item()  # waits for the device, so the time is honest
         speed = self.steps * self.tokens_per_step / (time.perf_counter() - self.began)
-        self._reset()
+        self.loss, self.steps, self.began = torch.zeros(()), 0, time.perf_counter()
         return Reading(loss, speed, speed * self.flops_per_token / 1e12)
 
     @contextmanager
@@ -56,11 +58,6 @@ class Meter:
         yield
         self.began += time.perf_counter() - paused
 
-    def _reset(self) -> None:
-        self.loss = torch.zeros(())
-        self.steps = 0
-        self.began = time.perf_counter()
-
 
 class Report:
     """What the first process tells: on standard output, and in the run's log.jsonl. The other processes are silent."""
@@ -68,6 +65,7 @@ class Report:
     def __init__(self, run: Path, first: bool) -> None:
         self.run, self.first = run, first
         self.last_line = -math.inf
+        self.held_back: str | None = None
         self.anchor: tuple[float, float] | None = None  # (time, done) of the first state shown
         live = first and sys.stdout.isatty()
         self.bar = tqdm(total=100, bar_format="{desc} |{bar:20}|", file=sys.stdout) if live else None
@@ -85,7 +83,7 @@ class Report:
             print(text, flush=True)
 
     def show(self, text: str, done: float) -> None:
-        """The state of the run, on a terminal in place of the one before; `done` is the share of the run that is over."""
+        """The state of the run, in place of the one before on a terminal; `done` is the share that is over."""
         now = time.perf_counter()
         began, done_then = self.anchor = self.anchor or (now, done)
         if done > done_then:
@@ -94,13 +92,18 @@ class Report:
             self.bar.n = 100 * done
             self.bar.set_description_str(text)
         elif now - self.last_line >= SECONDS_BETWEEN_LINES:
-            self.last_line = now
+            self.last_line, self.held_back = now, None
             self.say(text)
+        else:
+            self.held_back = text
 
     def close(self) -> None:
+        """End the live line, with the last state in it."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+        elif self.held_back is not None:
+            self.say(self.held_back)
 
 
 def clock(seconds: float) -> str:

@@ -46,8 +46,8 @@ def find_start(config: TrainConfig) -> Start:
 
 
 def open_run(config: TrainConfig, start: Start) -> Path:
-    """The directory that `start` means: made, if it is a new one; otherwise checkpoints newer than start's, which do not
-    verify, are renamed out of the way. One process only calls this."""
+    """The directory that `start` means: made, if it is a new one; otherwise checkpoints newer than start's, which do
+    not verify, are renamed out of the way. One process only calls this."""
     if start.run is not None:
         for step, path in checkpoints(start.run).items():
             if step > start.step:

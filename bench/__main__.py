@@ -1,0 +1,40 @@
+"""python -m bench ops [NAME ...] | overhead | step | race: measure, print, and write a record under bench/results/."""
+
+import argparse
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from bench.timing import keep_freed_memory, machine
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("what", choices=("ops", "overhead", "step", "race"))
+    parser.add_argument("names", nargs="*", help="ops: only these")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=240.0, help="race: training time of each model")
+    options = parser.parse_args()
+    keep_freed_memory()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    run = importlib.import_module(f"bench.run_{options.what}").run
+    arguments = {"ops": (options.names,), "race": (options.seconds,)}.get(options.what, ())
+    record = {"machine": machine(), "records": run(*arguments)}
+    device = re.sub(r"[^a-z0-9]+", "-", str(record["machine"]["processor"]).lower()).strip("-")
+    folder = RESULTS / f"{device}-{options.threads}-threads"
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "-".join([options.what, *options.names])
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(f"written: {(folder / name).relative_to(RESULTS.parent.parent)}.json")
+    return 1 if any("error" in r for r in record["records"]) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+// Attention, forward, of few queries against many keys, as in generation with a cache: every key and value is read once, where it
+// lies, and the time is that of reading them.
+//
+// Scores are dot products along a key's row here, the lanes of the softmax are keys. The keys of an item are split over threads
+// where there are fewer items; the parts are joined in order: lse weights each part's output, arXiv 2307.08691, section 3.3.
+#pragma once
+
+#include <cfloat>
+
+#include "cpu/attention_pack.h"
+
+namespace llmcore::LLMCORE_ISA {
+namespace {
+
+constexpr int few_rows = 8;
+constexpr int few_keys = 64;  // of a block
+
+// What one split of an item's keys gives, and its working space.
+struct FewPart {
+    float *q, *weights, *o, *m, *l, *rescale;
+
+    void place(Layout& layout, const Problem& p) {
+        q = layout.take<float>(p.rows() * leading(p.D));
+        weights = layout.take<float>(p.rows() * few_keys);
+        o = layout.take<float>(p.rows() * leading(p.Dv));
+        m = layout.take<float>(few_rows);
+        l = layout.take<float>(few_rows);
+        rescale = layout.take<float>(few_rows);
+    }
+};
+
+// scores[r][j] = q_r . k_j of R rows and J keys
+template <int R, int J, class T>
+LLMCORE_INLINE void few_scores(const float* q, int64_t q_stride, const T* k, int64_t k_stride, int64_t D, float* scores) {
+    vf acc[R][J];
+    for (int r = 0; r < R; ++r)
+        for (int j = 0; j < J; ++j) acc[r][j] = zero();
+    int64_t d = 0;
+    for (; d + VL <= D; d += VL) {
+        for (int j = 0; j < J; ++j) {
+            const vf x = load(k + j * k_stride + d);
+            for (int r = 0; r < R; ++r) acc[r][j] = fmadd(load(q + r * q_stride + d), x, acc[r][j]);
+        }
+    }
+    if (d < D) {
+        for (int j = 0; j < J; ++j) {
+            const vf x = load(k + j * k_stride + d, int(D - d));
+            for (int r = 0; r < R; ++r) acc[r][j] = fmadd(load(q + r * q_stride + d), x, acc[r][j]);
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int j = 0; j < J; ++j) scores[r * few_keys + j] = reduce_sum(acc[r][j]);
+}
+
+// o_r = rescale_r o_r + sum over n keys of weights[r][j] v_j, for N vectors of R rows; the last vector has `last` elements
+template <int R, int N, class T>
+LLMCORE_INLINE void few_sums(const float* weights, const T* v, int64_t v_stride, int n, int last, const float* rescale, float* o,
+                             int64_t o_stride) {
+    vf acc[R][N];
+    for (int r = 0; r < R; ++r)
+        for (int i = 0; i < N; ++i) acc[r][i] = load(o + r * o_stride + i * VL) * rescale[r];
+    for (int j = 0; j < n; ++j) {
+        for (int i = 0; i < N; ++i) {
+            const T* from = v + j * v_stride + i * VL;
+            const vf x = i + 1 < N || last == VL ? load(from) : load(from, last);
+            for (int r = 0; r < R; ++r) acc[r][i] = fmadd(broadcast(weights[r * few_keys + j]), x, acc[r][i]);
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int i = 0; i < N; ++i) store(o + r * o_stride + i * VL, acc[r][i]);
+}
+
+// One row's scores of n keys become weights; those outside [begin, end) are not seen.
+LLMCORE_INLINE void few_softmax(float* s, int n, int begin, int end, float& m, float& l, float& rescale) {
+    for (int j = 0; j < begin; ++j) s[j] = -infinity;
+    for (int j = end; j < vectors(n) * VL; ++j) s[j] = -infinity;
+    vf largest = broadcast(m), sum = zero();
+    for (int j = 0; j < n; j += VL) largest = max(load(s + j), largest);
+    const float top = reduce_max(largest);
+    for (int j = 0; j < n; j += VL) {
+        const vf x = exp2_fast(load(s + j) - top);
+        sum += x;
+        store(s + j, x);
+    }
+    rescale = exp2_fast(broadcast(m - top))[0];
+    m = top;
+    l = l * rescale + reduce_sum(sum);
+}
+
+template <int R, class T>
+void few_block(const Problem& p, const FewPart& w, int row, const T* k, int64_t k_stride, const T* v, int64_t v_stride, int first,
+               int n) {
+    const int64_t q_stride = leading(p.D), o_stride = leading(p.Dv);
+    const float* q = w.q + row * q_stride;
+    float *s = w.weights + row * few_keys, *o = w.o + row * o_stride;
+    int j = 0;
+    for (; j + 4 <= n; j += 4) few_scores<R, 4>(q, q_stride, k + j * k_stride, k_stride, p.D, s + j);
+    for (; j < n; ++j) few_scores<R, 1>(q, q_stride, k + j * k_stride, k_stride, p.D, s + j);
+    for (int r = 0; r < R; ++r) {
+        few_softmax(s + r * few_keys, n, BlockRange::clamp(p.lo(row + r) - first, n), BlockRange::clamp(p.hi(row + r) - first, n),
+                    w.m[row + r], w.l[row + r], w.rescale[row + r]);
+    }
+    int64_t d = 0;
+    const float* rescale = w.rescale + row;
+    for (; d + 4 * VL <= p.Dv; d += 4 * VL) few_sums<R, 4>(s, v + d, v_stride, n, VL, rescale, o + d, o_stride);
+    for (; d < p.Dv; d += VL) few_sums<R, 1>(s, v + d, v_stride, n, int(least(p.Dv - d, VL)), rescale, o + d, o_stride);
+}
+
+// All rows of an item and the keys [begin, end).
+template <class T>
+void few_part(const Problem& p, const Operand& q, const Operand& k, const Operand& v, int64_t item, int begin, int end,
+              const FewPart& w) {
+    const int rows = int(p.rows());
+    for (int r = 0; r < rows; ++r) {
+        pack_row(Floats{}, p.query<T>(q, item, r), p.D, p.scale * log2_e, w.q + r * leading(p.D));
+        w.m[r] = -FLT_MAX;
+        w.l[r] = 0.0f;
+    }
+    fill_zero(w.o, rows * leading(p.Dv));
+    for (int first = begin; first < end; first += few_keys) {
+        const int n = int(least(end - first, few_keys));
+        const T *k_first = p.key<T>(k, item, first), *v_first = p.key<T>(v, item, first);
+        int row = 0;
+        for (; row + 2 <= rows; row += 2) few_block<2>(p, w, row, k_first, k.stride_t, v_first, v.stride_t, first, n);
+        if (row < rows) few_block<1>(p, w, row, k_first, k.stride_t, v_first, v.stride_t, first, n);
+    }
+}
+
+// b's keys join a's.
+LLMCORE_INLINE void few_join(const Problem& p, const FewPart& a, const FewPart& b) {
+    for (int r = 0; r < p.rows(); ++r) {
+        const float m = a.m[r] > b.m[r] ? a.m[r] : b.m[r];
+        const vf of_a = exp2_fast(broadcast(a.m[r] - m)), of_b = exp2_fast(broadcast(b.m[r] - m));
+        a.l[r] = a.l[r] * of_a[0] + b.l[r] * of_b[0];
+        a.m[r] = m;
+        for (int64_t d = r * leading(p.Dv); d < r * leading(p.Dv) + p.Dv; d += VL) {
+            store(a.o + d, load(a.o + d) * of_a + load(b.o + d) * of_b);
+        }
+    }
+}
+
+template <class T>
+void attend_few(const Problem& p, const Operand& q, const Operand& k, const Operand& v, T* out, float* lse) {
+    const int64_t items = p.items();
+    const int threads = worth_threads(p) ? max_threads() : 1;
+    const int begin = p.lo(0), end = p.hi(p.rows() - 1);
+    const int64_t by_keys = (end - begin + 127) / 128;  // shorter parts are not worth it
+    const int64_t splits = is_balanced(items, threads) ? 1 : most(least(threads, by_keys), 1);
+    const bool concurrent = threads > 1;
+    const Block memory(part_size<FewPart>(p) * std::size_t(splits == 1 ? threads : items * splits));
+    const std::uintptr_t base = (std::uintptr_t)memory.data;
+
+    const auto finish = [&](int64_t item, const FewPart& w) {
+        for (int r = 0; r < p.rows(); ++r) write_row(p, item, r, w.o + r * leading(p.Dv), w.m[r], w.l[r], out, lse);
+    };
+    parallel_dynamic(concurrent, items * splits, [&](int64_t i, int thread) {
+        const int64_t item = i / splits, split = i % splits, n = end - begin;
+        const auto w = part_at<FewPart>(base, splits == 1 ? thread : i, p);
+        few_part<T>(p, q, k, v, item, int(begin + n * split / splits), int(begin + n * (split + 1) / splits), w);
+        if (splits == 1) finish(item, w);
+    });
+    if (splits == 1) return;
+    for (int64_t item = 0; item < items; ++item) {
+        const auto w = part_at<FewPart>(base, item * splits, p);
+        for (int64_t s = 1; s < splits; ++s) few_join(p, w, part_at<FewPart>(base, item * splits + s, p));
+        finish(item, w);
+    }
+}
+
+}  // namespace
+}  // namespace llmcore::LLMCORE_ISA

@@ -1,0 +1,73 @@
+"""Two processes over gloo train as one does at the same global batch, however they are started."""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_minimal
+from llmcore import models
+from llmcore.train import distributed
+from llmcore.train.config import ConfigError
+from llmcore.train.run import read_log
+
+Script = Callable[[list[str], list[str]], subprocess.CompletedProcess[str]]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost", "--nproc_per_node", "2"]
+
+
+def curve(run: Path) -> list[float]:
+    return [line.get("loss", line.get("val_bpb")) for line in read_log(run) if "event" not in line]
+
+
+@pytest.mark.parametrize("start", ["torchrun", "num_gpus"])
+def test_two_ranks_equal_one(start: str, small: list[str], tmp_path: Path, run_script: Script):
+    small += ["--max_steps", "10", "--eval_interval", "5"]
+    if start == "torchrun":
+        small += ["--micro_batch_size", "1"]  # gradients accumulate without meeting before the last
+        result = run_script(TORCHRUN, [*small, "--name", "two"])
+    else:
+        result = run_script([], [*small, "--name", "two", "--num_gpus", "2"])
+    assert result.returncode == 0, result.stderr
+    if not torch.cuda.is_available():
+        assert result.stdout.count("the CPU (no GPU was found) with 2 processes, DDP over gloo") == 1
+    assert train_minimal.main([*small, "--name", "one"]) == 0
+
+    one, two = tmp_path / "runs" / "one", tmp_path / "runs" / "two"
+    assert curve(two) == pytest.approx(curve(one), rel=1e-5)
+    expected = models.load(one / "step_10").state_dict()
+    for name, given in models.load(two / "step_10").state_dict().items():
+        # Adam divides by the gradient's size: where a gradient is nothing but rounding, so is its step of up to lr.
+        difference = (given - expected[name]).abs()
+        assert difference.mean() < 1e-6 and difference.max() < 1e-3, name
+
+
+def test_wrong_input_is_told_once(small: list[str], run_script: Script):
+    result = run_script([], [*small, "--num_gpus", "2", "--batch_size", "3"])
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.count("\n") == 1 and "batch_size is 3; allowed is a multiple of 2" in result.stderr
+
+
+def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="8 processes need 8 GPUs; this machine has 2, so allowed is up to 2"):
+        distributed.device(8)
+    assert distributed.device(2) == torch.device("cuda", 0)
+
+
+def test_seeds_differ_by_seed_step_and_rank():
+    draws = set()
+    for seed, step, rank in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)):
+        distributed.seed_step(seed, step, rank)
+        draws.add(torch.rand(1).item())
+    assert len(draws) == 4
+
+
+def test_processors_are_shared_out(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(distributed.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # torchrun's own
+    assert [distributed.threads_per_process(n) for n in (1, 2, 3, 16)] == [8, 4, 2, 1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert distributed.threads_per_process(2) == 3

@@ -1,0 +1,142 @@
+"""The command line and YAML: what wins over what, and one sentence for whatever is wrong."""
+
+import re
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import train_minimal
+from llmcore.train.config import ConfigError, TrainConfig, model_config
+from llmcore.train.parse import parse
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def test_later_wins(tmp_path: Path):
+    file = tmp_path / "run.yaml"
+    file.write_text("seed: 1\nmodel: {num_hidden_layers: 3}\noptimizer: {lr: 1e-4}\n")
+    resumed = {
+        **TrainConfig().to_dict(),
+        "seed": 7,
+        "batch_size": 2,
+        "optimizer": {"lr": 0.5, "beta1": 0.8},
+        "name": "old",
+    }
+    argv = ["--config", str(file), "--seed", "2", "--model.hidden_size", "64", "--data.valid", "v.txt"]
+    config = parse(argv, "", resumed)
+    assert (config.seed, config.batch_size, config.seq_len) == (2, 2, TrainConfig().seq_len)
+    assert config.model == {"num_hidden_layers": 3, "hidden_size": 64}
+    assert (config.optimizer.lr, config.optimizer.beta1) == (1e-4, 0.8)
+    assert (config.data.train, config.data.valid, config.name) == (None, "v.txt", None)
+    model = model_config(config)
+    assert (model.num_hidden_layers, model.hidden_size) == (3, 64)
+
+
+def test_tiny_yaml_is_the_default():
+    assert parse(["--config", str(CONFIGS / "tiny.yaml")], "") == parse([], "") == TrainConfig()
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_shipped_configurations_are_right(file: Path):
+    config = parse(["--config", str(file)], "")
+    config.check()
+    model_config(config)
+
+
+def test_help_documents_every_key(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as exit:
+        train_minimal.main(["--help"])
+    assert exit.value.code == 0
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    for key in (
+        "--preset",
+        "--max_seconds",
+        "--optimizer.final_lr_ratio",
+        "--data.train",
+        "--sample.top_p",
+        "--dry_run",
+    ):
+        assert re.search(rf"{key} ?\w* [A-Z]\w+", text), f"{key} has no description"
+
+
+def test_print_config_can_be_read_back(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    with pytest.raises(SystemExit):
+        train_minimal.main(["--seed", "5", "--model.num_hidden_layers", "1", "--print_config"])
+    (tmp_path / "c.yaml").write_text(capsys.readouterr().out)
+    config = parse(["--config", str(tmp_path / "c.yaml")], "")
+    assert config.seed == 5 and config.model == {"num_hidden_layers": 1}
+
+
+# Arguments, a YAML file or None, and what the sentence must say.
+WRONG_IN_A_PROCESS = {
+    "unknown option": (["--max_step", "3"], None, "unknown option --max_step; did you mean --max_steps?"),
+    "unknown key": ([], "optimizer:\n  learning: 1\n", "unknown key optimizer.learning in"),
+    "key of a group": ([], "lr: 1\n", "did you mean optimizer.lr?"),
+    "no YAML": ([], "seed: [1\nname: x\n", "is not YAML at line 2"),
+    "unknown preset": (["--preset", "tinny"], None, "unknown preset 'tinny'; did you mean 'tiny'?"),
+    "type": (["--optimizer.lr", "fast"], None, "optimizer.lr is 'fast'; allowed is a number."),
+    "no checkpoint": (["--resume", "nowhere/step_5"], None, "there is no checkpoint nowhere/step_5"),
+    "no text": (["--data.train", "nowhere.txt"], None, "the text nowhere.txt does not exist"),
+}
+
+
+@pytest.fixture(scope="module")
+def results(
+    run_script: Callable[[list[str], list[str]], subprocess.CompletedProcess[str]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, subprocess.CompletedProcess[str]]:
+    folder = tmp_path_factory.mktemp("yaml")
+    jobs = {}
+    with ThreadPoolExecutor(2) as pool:
+        for number, (name, (argv, yaml, _)) in enumerate(WRONG_IN_A_PROCESS.items()):
+            file = folder / f"{number}.yaml"
+            file.write_text(yaml or "")
+            jobs[name] = pool.submit(run_script, [], [*argv, *(["--config", str(file)] if yaml else [])])
+    return {name: job.result() for name, job in jobs.items()}
+
+
+@pytest.mark.parametrize("name", WRONG_IN_A_PROCESS)
+def test_exit_code_and_one_line(name: str, results: dict[str, subprocess.CompletedProcess[str]]):
+    result = results[name]
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("train_minimal.py: ")
+    assert WRONG_IN_A_PROCESS[name][2] in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--precision", "fp8"], "precision is 'fp8'; allowed is one of auto, fp32, bf16."),
+        (["--max_steps", "1.5"], "max_steps is '1.5'; allowed is a whole number or null."),
+        (["--seed"], "--seed has no value; allowed is a whole number."),
+        (["steps=3"], "unexpected argument 'steps=3'"),
+        (["--batch_size", "0"], "batch_size is 0; allowed is at least 1."),
+        (["--optimizer.lr", "nan"], "optimizer.lr is nan"),
+        (["--optimizer.final_lr_ratio", "2"], "optimizer.final_lr_ratio is 2.0; allowed is from 0 to 1."),
+        (["--max_steps", "null"], "max_steps and max_seconds are both null"),
+        (["--micro_batch_size", "3"], "batch_size is 8; allowed is a multiple of 3"),
+        (["--num_gpus", "3"], "batch_size is 8; allowed is a multiple of 3, as there are 3 processes."),
+        (["--seq_len", "100000"], "seq_len is 100000; allowed is at most model.max_position_embeddings"),
+        (["--model.num_layers", "2"], "did you mean 'num_hidden_layers'?"),
+        (["--model.hidden_size", "wide"], "hidden_size is 'wide'"),
+        (["--model.vocab_size", "100"], "model.vocab_size is 100; allowed is at least 256"),
+        (["--sample.tokens", "100000"], "sample.prompt and sample.tokens make 100004 tokens"),
+        (["--sample.prompt", ""], "sample.prompt is empty"),
+        (["--config", "missing.yaml"], "the configuration file missing.yaml does not exist."),
+    ],
+    ids=lambda value: "_".join(value).strip("-") if isinstance(value, list) else "",
+)
+def test_wrong_values(argv: list[str], words: str, capsys: pytest.CaptureFixture[str]):
+    assert train_minimal.main([*argv, "--dry_run"] if "--seed" not in argv else argv) == 2
+    output = capsys.readouterr()
+    assert output.err.count("\n") == 1 and words in output.err and output.out == ""
+
+
+def test_empty_and_list_yaml(tmp_path: Path):
+    for content in ("", "- 1\n", "text"):
+        (tmp_path / "c.yaml").write_text(content)
+        with pytest.raises(ConfigError, match="allowed are keys such as"):
+            parse(["--config", str(tmp_path / "c.yaml")], "")

@@ -1,0 +1,152 @@
+"""The whole run: it learns, stops, saves, resumes to the last bit, samples, and writes over nothing."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_minimal
+from llmcore import models
+from llmcore.train.run import read_log
+
+
+def run(*argv: str) -> None:
+    assert train_minimal.main(list(argv)) == 0
+
+
+def losses(path: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in read_log(path) if "loss" in line}
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return models.load(checkpoint).state_dict()
+
+
+def test_a_run_learns_logs_and_samples(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run(*small, "--name", "a", "--max_steps", "40", "--eval_interval", "20", "--sample.prompt", "line ")
+    path = tmp_path / "runs" / "a"
+    assert {file.name for file in path.iterdir()} == {"config.yaml", "log.jsonl", "step_40"}
+
+    curve = losses(path)
+    assert list(curve) == list(range(1, 41)) and curve[40] < curve[1] - 1
+    log = read_log(path)
+    assert [line["step"] for line in log if "val_bpb" in line] == [20, 40, 40]
+    assert all({"lr", "seconds", "tokens_per_second", "tflops"} <= set(line) for line in log if "loss" in line)
+    assert log[-1]["val_bpb"] == pytest.approx(curve[40] / 0.6931, rel=0.2), "bits per byte are nats / ln 2"
+
+    output = capsys.readouterr().out
+    assert "step 40  loss" in output and "tokens/s" in output and "bits per byte" in output
+    assert len(output.split("\n\nline ")) == 2, "the sample is the last thing printed, after an empty line"
+
+
+def test_resume_is_exact(small: list[str], tmp_path: Path):
+    straight, resumed = tmp_path / "runs" / "straight", tmp_path / "runs" / "resumed"
+    run(*small, "--name", "straight", "--max_steps", "20", "--checkpoint_interval", "10")
+    resumed.mkdir()
+    shutil.copy(straight / "config.yaml", resumed)
+    shutil.copytree(straight / "step_10", resumed / "step_10")
+    run("--resume", str(resumed))
+    assert losses(resumed) == {step: loss for step, loss in losses(straight).items() if step > 10}
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (resumed / "step_20" / name).read_bytes() == (straight / "step_20" / name).read_bytes()
+
+
+def test_resume_from_a_checkpoint_makes_a_new_run(small: list[str], tmp_path: Path):
+    run(*small, "--name", "a", "--checkpoint_interval", "3")
+    before = sorted((tmp_path / "runs").rglob("*"))
+    run("--resume", str(tmp_path / "runs" / "a" / "step_3"), "--out_dir", str(tmp_path / "runs"), "--name", "b")
+    assert [path for path in sorted((tmp_path / "runs").rglob("*")) if "b" not in path.parts] == before
+    assert list(losses(tmp_path / "runs" / "b")) == [4, 5, 6]
+
+
+def test_resume_auto(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    runs = tmp_path / "runs"
+    run(*small, "--resume", "auto", "--name", "first")  # nothing to resume yet
+    run(*small, "--name", "second", "--checkpoint_interval", "2")
+    file = runs / "second" / "step_6" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    run("--resume", "auto", "--out_dir", str(runs), "--max_steps", "8")
+    assert "second, resumed from" in capsys.readouterr().out
+    names = {path.name for path in (runs / "second").iterdir() if path.is_dir()}
+    assert names == {"step_2", "step_4", "step_6", "step_6.corrupt", "step_8"}
+    run("--resume", str(runs / "second"))  # over already: nothing is trained, nothing is written over
+
+
+def test_nothing_is_written_over(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run(*small, "--name", "a")
+    content = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert train_minimal.main([*small, "--name", "a"]) == 2
+    assert "runs/a exists already" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == content
+
+
+def test_unnamed_runs_do_not_meet(small: list[str], tmp_path: Path):
+    run(*small, "--max_steps", "1")
+    run(*small, "--max_steps", "1")
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_damaged_checkpoint(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run(*small, "--name", "a")
+    file = tmp_path / "runs" / "a" / "step_6" / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    capsys.readouterr()
+    for path in (file.parent, file.parent.parent):
+        assert train_minimal.main(["--resume", str(path)]) == 2
+        output = capsys.readouterr()
+        assert output.err.count("\n") == 1 and "optimizer.safetensors is truncated" in output.err and output.out == ""
+    assert train_minimal.main(["--resume", str(file.parent), "--model.hidden_size", "64"]) == 2
+
+
+def test_dry_run_writes_nothing(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run(*small, "--dry_run")
+    assert not (tmp_path / "runs").exists()
+    output = capsys.readouterr().out
+    for words in (
+        "parameters",
+        "held out",
+        "4 sequences x 32 = 128 tokens",
+        "6 steps",
+        "GFLOP a step",
+        "memory  about",
+    ):
+        assert words in output
+
+
+def test_accumulation_changes_nothing(small: list[str], tmp_path: Path):
+    run(*small, "--name", "whole")
+    run(*small, "--name", "parts", "--micro_batch_size", "1")
+    whole, parts = (losses(tmp_path / "runs" / name) for name in ("whole", "parts"))
+    assert list(parts.values()) == pytest.approx(list(whole.values()), rel=1e-5)
+
+
+def test_time_limit(small: list[str], tmp_path: Path):
+    run(*small, "--name", "a", "--max_steps", "null", "--max_seconds", "1", "--log_interval", "10")
+    log = read_log(tmp_path / "runs" / "a")
+    rates = [line["lr"] for line in log if "lr" in line]
+    assert 0.9 < log[-1]["seconds"] < 5 and rates[-1] < rates[0]
+
+
+def test_bf16(small: list[str], tmp_path: Path):
+    run(*small, "--name", "fp32")
+    run(*small, "--name", "bf16", "--precision", "bf16")
+    fp32, bf16 = (losses(tmp_path / "runs" / name) for name in ("fp32", "bf16"))
+    assert fp32 != bf16 and list(bf16.values()) == pytest.approx(list(fp32.values()), rel=0.02)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    argv = [
+        *small,
+        "--name",
+        "a",
+        "--optimizer.lr",
+        "1e30",
+        "--optimizer.grad_clip",
+        "0",
+        "--optimizer.warmup_steps",
+        "0",
+    ]
+    assert train_minimal.main(argv) == 1
+    assert "lower optimizer.lr" in capsys.readouterr().err
+    assert not list((tmp_path / "runs" / "a").glob("step_*"))
