@@ -60,7 +60,7 @@ def train(config: TrainConfig, start: Start, corpus: Corpus, world: World) -> No
     batches = Batches(corpus.train, config.batch_size, config.seq_len, config.seed)
     micro_size, _ = config.micro_batches(world.size)
     meter = Meter(config.batch_size * config.seq_len, model.flops_per_token(config.seq_len))
-    report.say(f"run     {run}" + (f", resumed from {start.checkpoint}" if start.checkpoint else ""))
+    report.say(f"run     {run}, from {start.checkpoint or 'step 0'}")
     report.log(event="start", step=start.step, processes=world.size, bf16=bf16, config=config.to_dict())
 
     def elapsed() -> float:
@@ -213,8 +213,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def fail(message: object, code: int) -> int:
+    """Say what is wrong, once a machine."""
     if distributed.is_first():
         print(f"train_minimal.py: {message}", file=sys.stderr)
+    else:
+        time.sleep(2)  # the launcher ends all processes when one ends: let the first one speak
     return code
 
 

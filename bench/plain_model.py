@@ -80,6 +80,9 @@ class PlainBackbone(nn.Module):
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
+    cos: Tensor
+    sin: Tensor
+
     def forward(self, input_ids: Tensor) -> Tensor:
         x, T = self.embed_tokens(input_ids), input_ids.shape[1]
         for layer in self.layers:

@@ -14,7 +14,7 @@ from llmcore.train.machine import use_bf16
 from llmcore.train.optimizer import build_optimizer
 
 
-def step_of(model: nn.Module, config: TrainConfig, bf16: bool, plain: bool, batch: tuple[torch.Tensor, torch.Tensor]):
+def step_of(model: Any, config: TrainConfig, bf16: bool, plain: bool, batch: tuple[torch.Tensor, torch.Tensor]):
     optimizer = build_optimizer(model, config.optimizer)
     for group in optimizer.param_groups:
         group["lr"] = 0.0

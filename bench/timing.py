@@ -1,4 +1,4 @@
-"""Timing several candidates in one run: interleaved rounds, so that a machine that changes speed changes all of them."""
+"""Timing several candidates in one run, in interleaved rounds: a machine that changes speed changes all of them."""
 
 import ctypes
 import platform

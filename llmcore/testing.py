@@ -80,16 +80,16 @@ def evaluate(function: Callable[..., Any], inputs: dict[str, Any], cotangents: S
 
     Inputs that require a gradient get one; an output whose cotangent is None takes no part in the backward.
     """
-    leaves = {
-        n: t.detach().requires_grad_() for n, t in inputs.items() if isinstance(t, Tensor) and t.requires_grad
-    }
+    leaves = {n: t.detach().requires_grad_() for n, t in inputs.items() if isinstance(t, Tensor) and t.requires_grad}
     result = function(**{**inputs, **leaves})
     outputs = result if isinstance(result, tuple) else (result,)
     values = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
     if cotangents is None or not leaves:
         return values
     pairs = [(o, c.to(o.dtype)) for o, c in zip(outputs, cotangents, strict=True) if c is not None]
-    gradients = torch.autograd.grad([o for o, _ in pairs], list(leaves.values()), [c for _, c in pairs], allow_unused=True)
+    gradients = torch.autograd.grad(
+        [o for o, _ in pairs], list(leaves.values()), [c for _, c in pairs], allow_unused=True
+    )
     for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
         values[f"gradient of {name}"] = torch.zeros_like(leaf) if gradient is None else gradient
     return values
@@ -122,7 +122,12 @@ def widen(value: Any) -> Any:
 
 
 def verify(
-    function: Callable[..., Any], reference: Callable[..., Any], inputs: dict[str, Any], *, backward: bool = True, seed: int = 0
+    function: Callable[..., Any],
+    reference: Callable[..., Any],
+    inputs: dict[str, Any],
+    *,
+    backward: bool = True,
+    seed: int = 0,
 ) -> list[Comparison]:
     """Runs `function` (poisoned), `reference` in the same dtypes and `reference` in float64; compares all they give.
 
@@ -150,7 +155,12 @@ def verify(
 
 
 def assert_accurate(
-    function: Callable[..., Any], reference: Callable[..., Any], inputs: dict[str, Any], *, backward: bool = True, seed: int = 0
+    function: Callable[..., Any],
+    reference: Callable[..., Any],
+    inputs: dict[str, Any],
+    *,
+    backward: bool = True,
+    seed: int = 0,
 ) -> None:
     """`verify`, raising AssertionError with the offending comparisons."""
     wrong = [str(c) for c in verify(function, reference, inputs, backward=backward, seed=seed) if not c.ok]

@@ -30,7 +30,9 @@ def imported_modules(path: Path, package: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
-                base = ".".join([*package.split(".")[: len(package.split(".")) - node.level + 1], *([base] if base else [])])
+                base = ".".join(
+                    [*package.split(".")[: len(package.split(".")) - node.level + 1], *([base] if base else [])]
+                )
             found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
     return found
 
@@ -47,7 +49,9 @@ def test_arrows_go_down(floor):
             parts = name.split(".")
             if parts[0] != "llmcore" or len(parts) < 2 or parts[1] not in FLOORS or parts[1] == floor:
                 continue
-            assert parts[1] in BELOW[floor], f"{path.relative_to(ROOT)} imports {name}, but {floor} stands below {parts[1]}"
+            assert parts[1] in BELOW[floor], (
+                f"{path.relative_to(ROOT)} imports {name}, but {floor} stands below {parts[1]}"
+            )
 
 
 def test_kernels_import_nothing_of_llmcore():

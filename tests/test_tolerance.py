@@ -69,9 +69,13 @@ def test_a_wrong_gradient_is_caught():
 
 def test_wrong_shape_and_dtype_are_caught():
     with pytest.raises(AssertionError, match="shape"):
-        assert_accurate(lambda gate, up: ops.swiglu.reference(gate, up)[1:], ops.swiglu.reference, inputs(), backward=False)
+        assert_accurate(
+            lambda gate, up: ops.swiglu.reference(gate, up)[1:], ops.swiglu.reference, inputs(), backward=False
+        )
     with pytest.raises(AssertionError, match="dtype"):
-        assert_accurate(lambda gate, up: ops.swiglu.reference(gate, up).double(), ops.swiglu.reference, inputs(), backward=False)
+        assert_accurate(
+            lambda gate, up: ops.swiglu.reference(gate, up).double(), ops.swiglu.reference, inputs(), backward=False
+        )
 
 
 def test_poisoned_memory_is_nan():

@@ -34,5 +34,11 @@ def case(B: int, T: int, H: int, K: int, D: int, dtype: torch.dtype) -> Case:
 CASES = [
     case(*shape, dtype)
     for dtype in (torch.float32, torch.bfloat16)
-    for shape in ((8, 256, 4, 4, 32), (4, 512, 8, 8, 64), (2, 1024, 8, 8, 64), (1, 2048, 8, 1, 64), (1, 2048, 6, 2, 128))
+    for shape in (
+        (8, 256, 4, 4, 32),
+        (4, 512, 8, 8, 64),
+        (2, 1024, 8, 8, 64),
+        (1, 2048, 8, 1, 64),
+        (1, 2048, 6, 2, 128),
+    )
 ]

@@ -58,7 +58,7 @@ LLMCORE_INLINE void few_sums(const float* weights, const T* v, int64_t v_stride,
                              int64_t o_stride) {
     vf acc[R][N];
     for (int r = 0; r < R; ++r)
-        for (int i = 0; i < N; ++i) acc[r][i] = load(o + r * o_stride + i * VL) * rescale[r];
+        for (int i = 0; i < N; ++i) acc[r][i] = zero();
     for (int j = 0; j < n; ++j) {
         for (int i = 0; i < N; ++i) {
             const T* from = v + j * v_stride + i * VL;
@@ -67,22 +67,25 @@ LLMCORE_INLINE void few_sums(const float* weights, const T* v, int64_t v_stride,
         }
     }
     for (int r = 0; r < R; ++r)
-        for (int i = 0; i < N; ++i) store(o + r * o_stride + i * VL, acc[r][i]);
+        for (int i = 0; i < N; ++i) {
+            float* to = o + r * o_stride + i * VL;
+            store(to, fmadd(load(to), broadcast(rescale[r]), acc[r][i]));
+        }
 }
 
 // One row's scores of n keys become weights; those outside [begin, end) are not seen.
-LLMCORE_INLINE void few_softmax(float* s, int n, int begin, int end, float& m, float& l, float& rescale) {
+LLMCORE_INLINE void few_softmax(float factor, float* s, int n, int begin, int end, float& m, float& l, float& rescale) {
     for (int j = 0; j < begin; ++j) s[j] = -infinity;
     for (int j = end; j < vectors(n) * VL; ++j) s[j] = -infinity;
     vf largest = broadcast(m), sum = zero();
     for (int j = 0; j < n; j += VL) largest = max(load(s + j), largest);
     const float top = reduce_max(largest);
     for (int j = 0; j < n; j += VL) {
-        const vf x = exp2_fast(load(s + j) - top);
+        const vf x = exp2_fast((load(s + j) - top) * factor);
         sum += x;
         store(s + j, x);
     }
-    rescale = exp2_fast(broadcast(m - top))[0];
+    rescale = exp2_fast(broadcast((m - top) * factor))[0];
     m = top;
     l = l * rescale + reduce_sum(sum);
 }
@@ -97,8 +100,9 @@ void few_block(const Problem& p, const FewPart& w, int row, const T* k, int64_t 
     for (; j + 4 <= n; j += 4) few_scores<R, 4>(q, q_stride, k + j * k_stride, k_stride, p.D, s + j);
     for (; j < n; ++j) few_scores<R, 1>(q, q_stride, k + j * k_stride, k_stride, p.D, s + j);
     for (int r = 0; r < R; ++r) {
-        few_softmax(s + r * few_keys, n, BlockRange::clamp(p.lo(row + r) - first, n), BlockRange::clamp(p.hi(row + r) - first, n),
-                    w.m[row + r], w.l[row + r], w.rescale[row + r]);
+        const int begin = BlockRange::clamp(p.lo(row + r) - first, n), end = BlockRange::clamp(p.hi(row + r) - first, n);
+        few_softmax(p.scale * log2_e, s + r * few_keys, n, begin, end, w.m[row + r], w.l[row + r],
+                    w.rescale[row + r]);
     }
     int64_t d = 0;
     const float* rescale = w.rescale + row;
@@ -112,7 +116,7 @@ void few_part(const Problem& p, const Operand& q, const Operand& k, const Operan
               const FewPart& w) {
     const int rows = int(p.rows());
     for (int r = 0; r < rows; ++r) {
-        pack_row(Floats{}, p.query<T>(q, item, r), p.D, p.scale * log2_e, w.q + r * leading(p.D));
+        pack_row(Floats{}, p.query<T>(q, item, r), p.D, p.q_factor, w.q + r * leading(p.D));
         w.m[r] = -FLT_MAX;
         w.l[r] = 0.0f;
     }
@@ -128,9 +132,10 @@ void few_part(const Problem& p, const Operand& q, const Operand& k, const Operan
 
 // b's keys join a's.
 LLMCORE_INLINE void few_join(const Problem& p, const FewPart& a, const FewPart& b) {
+    const float factor = p.scale * log2_e;
     for (int r = 0; r < p.rows(); ++r) {
         const float m = a.m[r] > b.m[r] ? a.m[r] : b.m[r];
-        const vf of_a = exp2_fast(broadcast(a.m[r] - m)), of_b = exp2_fast(broadcast(b.m[r] - m));
+        const vf of_a = exp2_fast(broadcast((a.m[r] - m) * factor)), of_b = exp2_fast(broadcast((b.m[r] - m) * factor));
         a.l[r] = a.l[r] * of_a[0] + b.l[r] * of_b[0];
         a.m[r] = m;
         for (int64_t d = r * leading(p.Dv); d < r * leading(p.Dv) + p.Dv; d += VL) {

@@ -4,7 +4,6 @@
 //
 // Block by block of keys, with a running maximum m, sum l and weighted sum o that are rescaled when m grows: "Online normalizer
 // calculation for softmax", Milakov and Gimelshein, arXiv 1805.02867; FlashAttention, Dao et al., arXiv 2205.14135.
-// Scores are in units of log 2 (scale includes log2 e), so that the exponential is a power of two.
 //
 // B batch, H query heads, K key heads, G = H / K, Tq queries, Tk keys, D and Dv head sizes
 #include "cpu/attention.h"
@@ -47,21 +46,20 @@ struct FwdBlock {
     }
 };
 
-// Softmax of the scores of N vectors of queries, from `column` on, and the tile's keys [begin, end): both multiples of the words'
+// Softmax of `factor` log 2 times the scores of N vectors of queries, from `column` on, and the tile's keys [begin, end): both multiples of the words'
 // elements. Those outside [all_begin, all_end) are not seen by all. Weights of keys outside [begin, end) are set to 0.
 template <class M, int N>
-__attribute__((noinline)) void softmax_panel(FwdBlock<M>& w, int column, int first, int keys, int begin, int end, int all_begin,
-                                             int all_end) {
+__attribute__((noinline)) void softmax_panel(FwdBlock<M>& w, float factor, int column, int first, int keys, int begin,
+                                             int end, int all_begin, int all_end) {
     float* s = w.scores + column;
-    vf m[N], l[N];
+    vf largest[N], l[N];
     vi lo[N], hi[N];
     for (int v = 0; v < N; ++v) {
-        m[v] = load(w.m + column + v * VL);
+        largest[v] = load(w.m + column + v * VL);
+        l[v] = zero();
         lo[v] = load_bits<vi>(w.range.lo + column + v * VL) - first;
         hi[v] = load_bits<vi>(w.range.hi + column + v * VL) - first;
     }
-    vf largest[N];
-    for (int v = 0; v < N; ++v) largest[v] = m[v];
     for (int j = begin; j < end; ++j) {
         const bool masked = j < all_begin || j >= all_end;
         for (int v = 0; v < N; ++v) {
@@ -73,26 +71,25 @@ __attribute__((noinline)) void softmax_panel(FwdBlock<M>& w, int column, int fir
             largest[v] = max(x, largest[v]);
         }
     }
-    for (int v = 0; v < N; ++v) {
-        const vf rescale = exp2_fast(m[v] - largest[v]);
-        l[v] = load(w.l + column + v * VL) * rescale;
-        store(w.rescale + column + v * VL, rescale);
-        store(w.m + column + v * VL, largest[v]);
-    }
     for (int j = begin; j < end; j += M::per_word) {
         for (int v = 0; v < N; ++v) {
-            const vf x = exp2_fast(load(s + j * block_rows + v * VL) - largest[v]);
+            const vf x = exp2_fast((load(s + j * block_rows + v * VL) - largest[v]) * factor);
             if constexpr (M::per_word == 1) {
                 l[v] += x;
                 store(w.weights + j * block_rows + column + v * VL, x);
             } else {
-                const vf y = exp2_fast(load(s + (j + 1) * block_rows + v * VL) - largest[v]);
+                const vf y = exp2_fast((load(s + (j + 1) * block_rows + v * VL) - largest[v]) * factor);
                 l[v] += x + y;
                 store_bits(w.weights + j / 2 * block_rows + column + v * VL, bf16_pairs(round_to_bf16(x), round_to_bf16(y)));
             }
         }
     }
-    for (int v = 0; v < N; ++v) store(w.l + column + v * VL, l[v]);
+    for (int v = 0; v < N; ++v) {
+        const vf rescale = exp2_fast((load(w.m + column + v * VL) - largest[v]) * factor);
+        store(w.rescale + column + v * VL, rescale);
+        store(w.m + column + v * VL, largest[v]);
+        store(w.l + column + v * VL, fmadd(load(w.l + column + v * VL), rescale, l[v]));
+    }
     const auto clear = [&](int from, int to) {
         for (int j = from; j < to; ++j) fill_zero(w.weights + j * block_rows + column, N * VL);
     };
@@ -104,7 +101,6 @@ __attribute__((noinline)) void softmax_panel(FwdBlock<M>& w, int column, int fir
 template <class M>
 void attend_tile(const Problem& p, const PackedKeys<M>& packed, FwdBlock<M>& w, int rows, int first, int keys) {
     const int64_t k_stride = leading(p.D / M::per_word), v_stride = leading(p.Dv);
-    const float factor = M::per_word == 1 ? 1.0f : p.scale * log2_e;
     by_twos(vectors(rows), [&](auto count, int vector) {
         constexpr int N = decltype(count)::value;
         const int column = vector * VL, n = N * VL;
@@ -112,9 +108,9 @@ void attend_tile(const Problem& p, const PackedKeys<M>& packed, FwdBlock<M>& w, 
         const int end = round_up(w.range.end(column, n, first, keys), tile_rows);
         for (int j = begin; j < end; j += tile_rows) {
             score_tile<M, N>(p.D / M::per_word, packed.k + (first + j) * k_stride, k_stride, w.q + column,
-                             w.scores + j * block_rows + column, factor);
+                             w.scores + j * block_rows + column);
         }
-        softmax_panel<M, N>(w, column, first, round_up(keys, tile_rows), begin, end,
+        softmax_panel<M, N>(w, p.scale * log2_e, column, first, round_up(keys, tile_rows), begin, end,
                             w.range.all_begin(column, n, first, keys), w.range.all_end(column, first, keys));
     });
     by_twos(vectors(p.Dv), [&](auto count, int vector) {
@@ -135,7 +131,7 @@ void attend_block(const Problem& p, const Operand& q, const PackedKeys<M>& packe
     const int64_t first_row = block * block_rows, q_stride = leading(p.D / M::per_word), v_stride = leading(p.Dv);
     const int rows = int(least(p.rows() - first_row, block_rows)), columns = vectors(rows) * VL;
     for (int i = 0; i < rows; ++i) {
-        pack_row(M{}, p.query<T>(q, item, first_row + i), p.D, p.scale * log2_e, w.q_rows + i * q_stride);
+        pack_row(M{}, p.query<T>(q, item, first_row + i), p.D, p.q_factor, w.q_rows + i * q_stride);
     }
     fill_zero(w.q_rows + rows * q_stride, (columns - rows) * q_stride);
     pack_transposed(w.q_rows, q_stride, columns, p.D / M::per_word, w.q);
@@ -193,7 +189,7 @@ void attention_fwd(const void* q, const void* k, const void* v, void* out, float
                    int64_t k_stride_b, int64_t k_stride_t, int64_t k_stride_h, int64_t v_stride_b, int64_t v_stride_t,
                    int64_t v_stride_h, float softmax_scale, int64_t window_left, int64_t window_right, DType dtype) {
     if (B == 0 || H == 0 || Tq == 0) return;
-    const Problem p{B, H, K, Tq, Tk, D, Dv, softmax_scale, window_left, window_right};
+    const Problem p = problem(B, H, K, Tq, Tk, D, Dv, softmax_scale, window_left, window_right);
     const Operand queries{q, q_stride_b, q_stride_t, q_stride_h}, keys{k, k_stride_b, k_stride_t, k_stride_h};
     const Operand values{v, v_stride_b, v_stride_t, v_stride_h};
     with_element(dtype, [&](auto element) {

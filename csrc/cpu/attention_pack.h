@@ -13,7 +13,7 @@
 namespace llmcore::LLMCORE_ISA {
 namespace {
 
-constexpr float log2_e = 1.44269504f, ln_2 = 0.693147181f;
+constexpr float log2_e = 1.44269504f;
 constexpr float infinity = __builtin_inff();
 
 LLMCORE_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -32,7 +32,8 @@ struct Operand {
 
 struct Problem {
     int64_t B, H, K, Tq, Tk, D, Dv;
-    float scale;
+    float scale;  // positive: its sign goes into q, so that the largest product is the largest score; for 0, q is 0 and this 1
+    float q_factor;                     // 1, -1 or 0
     int64_t window_left, window_right;  // negative: no limit
 
     int64_t G() const { return H / K; }
@@ -63,6 +64,12 @@ struct Problem {
         return window_right < 0 || window_right >= Tk - here ? int(Tk) : int(most(here + window_right + 1, 0));
     }
 };
+
+LLMCORE_INLINE Problem problem(int64_t B, int64_t H, int64_t K, int64_t Tq, int64_t Tk, int64_t D, int64_t Dv, float scale,
+                               int64_t window_left, int64_t window_right) {
+    const float sign = scale > 0.0f ? 1.0f : (scale < 0.0f ? -1.0f : 0.0f);
+    return {B, H, K, Tq, Tk, D, Dv, sign == 0.0f ? 1.0f : sign * scale, sign, window_left, window_right};
+}
 
 // What the rows of a block see. Rows past the last repeat it.
 struct BlockRange {
@@ -168,7 +175,7 @@ LLMCORE_INLINE void fill_zero(W* p, int64_t n) {
     for (int64_t i = 0; i < n; ++i) p[i] = W{};
 }
 
-// One row of n elements, times factor, as words; zeros to the end of its last vector.
+// One row of n elements, times factor (1, -1 or 0), as words; zeros to the end of its last vector.
 template <class T>
 LLMCORE_INLINE void pack_row(Floats, const T* from, int64_t n, float factor, float* to) {
     int64_t i = 0;
@@ -176,9 +183,11 @@ LLMCORE_INLINE void pack_row(Floats, const T* from, int64_t n, float factor, flo
     if (i < n) store(to + i, load(from + i, int(n - i)) * factor);
 }
 
-LLMCORE_INLINE void pack_row(Bf16Pairs, const bf16_t* from, int64_t n, float, uint32_t* to) {
+LLMCORE_INLINE void pack_row(Bf16Pairs, const bf16_t* from, int64_t n, float factor, uint32_t* to) {
     __builtin_memcpy(to, from, std::size_t(n) * 2);
     for (int64_t i = n / 2; i < vectors(n / 2) * VL; ++i) to[i] = 0;
+    if (factor == 1.0f) return;
+    for (int64_t i = 0; i < n / 2; ++i) to[i] = factor == 0.0f ? 0 : to[i] ^ 0x80008000u;
 }
 
 // Rows 2j and 2j + 1 (null: zeros) as one row of n words.
@@ -197,14 +206,14 @@ LLMCORE_INLINE void write_scaled(const float* from, float factor, int64_t n, T* 
     if (i < n) store(to + i, load(from + i) * factor, int(n - i));
 }
 
-// The result of a row: the weighted sum o, the maximum m in units of log 2, the sum l of its weights.
+// The result of a row: the weighted sum o, the maximum m of the products q k, the sum l of the weights.
 template <class T>
 LLMCORE_INLINE void write_row(const Problem& p, int64_t item, int64_t row, const float* o, float m, float l, T* out, float* lse) {
     const bool empty = l == 0.0f;
     const float inverse = empty ? 0.0f : 1.0f / l;
     T* to = out + p.output_row(item, row) * p.Dv;
     write_scaled(o, inverse, p.Dv, to);
-    lse[p.lse_index(item, row)] = empty ? -infinity : m * ln_2 + std::log(l);
+    lse[p.lse_index(item, row)] = empty ? -infinity : m * p.scale + std::log(l);
 }
 
 // The words of `rows` rows (a multiple of 4, as is `words`), transposed: to[word][row], block_rows apart.

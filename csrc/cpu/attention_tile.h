@@ -68,15 +68,9 @@ template <int N>
 using Tile = vf[tile_rows][N];
 
 template <int N>
-LLMCORE_INLINE void load_tile(Tile<N>& c, const float* p, int64_t stride) {
+LLMCORE_INLINE void clear_tile(Tile<N>& c) {
     for (int i = 0; i < tile_rows; ++i)
-        for (int v = 0; v < N; ++v) c[i][v] = load(p + i * stride + v * VL);
-}
-
-template <int N>
-LLMCORE_INLINE void store_tile(const Tile<N>& c, float* p, int64_t stride) {
-    for (int i = 0; i < tile_rows; ++i)
-        for (int v = 0; v < N; ++v) store(p + i * stride + v * VL, c[i][v]);
+        for (int v = 0; v < N; ++v) c[i][v] = zero();
 }
 
 // c += a b for one word of the summed dimension: tile_rows words of a, N vectors of b
@@ -90,39 +84,37 @@ LLMCORE_INLINE void multiply_word(Tile<N>& c, const typename M::Word* a, int64_t
     }
 }
 
-// C = factor A B. A: tile_rows x words (a multiple of 4, not 0); B: words x N vectors, C: tile_rows x N vectors, rows block_rows
-// apart.
+// C = A B. A: tile_rows x words (a multiple of 4, not 0); B: words x N vectors and C: tile_rows x N vectors, rows block_rows apart.
 template <class M, int N>
 __attribute__((noinline)) void score_tile(int64_t words, const typename M::Word* a, int64_t a_stride, const typename M::Word* b,
-                                          float* c, float factor) {
+                                          float* c) {
     Tile<N> acc;
-    for (int i = 0; i < tile_rows; ++i)
-        for (int v = 0; v < N; ++v) acc[i][v] = zero();
+    clear_tile<N>(acc);
     int64_t k = 0;
     do {
         for (int u = 0; u < 4; ++u) multiply_word<M, N>(acc, a + k + u, a_stride, b + (k + u) * block_rows);
         k += 4;
     } while (k < words);
-    if (M::per_word > 1) {
-        for (int i = 0; i < tile_rows; ++i)
-            for (int v = 0; v < N; ++v) acc[i][v] *= factor;
-    }
-    store_tile<N>(acc, c, block_rows);
+    for (int i = 0; i < tile_rows; ++i)
+        for (int v = 0; v < N; ++v) store(c + i * block_rows + v * VL, acc[i][v]);
 }
 
 // C = diag(scale) C + A^T B, or C + A^T B without a scale. A: words x tile_rows, rows block_rows apart; B: words x N vectors.
+// The sum starts from 0 and C is added last: the shorter the chain of additions, the smaller its error.
 template <class M, int N>
 __attribute__((noinline)) void weighted_sum_tile(int64_t words, const typename M::Word* a, const typename M::Word* b,
                                                  int64_t b_stride, float* c, int64_t c_stride, const float* scale) {
     Tile<N> acc;
-    load_tile<N>(acc, c, c_stride);
-    if (scale != nullptr) {
-        for (int i = 0; i < tile_rows; ++i)
-            for (int v = 0; v < N; ++v) acc[i][v] *= scale[i];
-    }
+    clear_tile<N>(acc);
 #pragma GCC unroll 4
     for (int64_t k = 0; k < words; ++k) multiply_word<M, N>(acc, a + k * block_rows, 1, b + k * b_stride);
-    store_tile<N>(acc, c, c_stride);
+    for (int i = 0; i < tile_rows; ++i) {
+        const vf factor = broadcast(scale == nullptr ? 1.0f : scale[i]);
+        for (int v = 0; v < N; ++v) {
+            float* to = c + i * c_stride + v * VL;
+            store(to, fmadd(load(to), factor, acc[i][v]));
+        }
+    }
 }
 
 // C += A B. A: tile_rows x words, rows block_rows elements apart; B: words x N vectors.
@@ -130,10 +122,15 @@ template <class M, int N>
 __attribute__((noinline)) void gradient_tile(int64_t words, const typename M::Word* a, const typename M::Word* b,
                                              int64_t b_stride, float* c, int64_t c_stride) {
     Tile<N> acc;
-    load_tile<N>(acc, c, c_stride);
+    clear_tile<N>(acc);
 #pragma GCC unroll 4
     for (int64_t k = 0; k < words; ++k) multiply_word<M, N>(acc, a + k, block_rows / M::per_word, b + k * b_stride);
-    store_tile<N>(acc, c, c_stride);
+    for (int i = 0; i < tile_rows; ++i) {
+        for (int v = 0; v < N; ++v) {
+            float* to = c + i * c_stride + v * VL;
+            store(to, load(to) + acc[i][v]);
+        }
+    }
 }
 
 template <int N>

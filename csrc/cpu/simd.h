@@ -5,7 +5,7 @@
 //   bf16_t, fp16_t   elements in memory; arithmetic is always on floats
 //   load, store      convert from and to float, bf16, fp16 (round to nearest even, a NaN stays a NaN); with a count n <= VL
 //                    they touch the first n elements only, and load fills the rest with zeros
-//   exp              e^x to about 1 ulp over the whole range, subnormal results included; exp2_fast for a softmax
+//   exp              e^x to about 1 ulp over the whole range, subnormal results included; exp_fast for a softmax
 //
 // The translation units of several levels are linked together, so everything here has internal linkage and is inlined: a shared
 // inline function could be emitted with AVX-512 instructions and then be the one that every level calls.
@@ -331,6 +331,9 @@ LLMCORE_INLINE vf exp2_fast(vf x) {
     p = fmadd(p, r, broadcast(1.0f));
     return p * (vf)((vi)biased << 23);
 }
+
+// e^x in the same way: for x < 88; the relative error grows by about |x| / 2^24
+LLMCORE_INLINE vf exp_fast(vf x) { return exp2_fast(x * 1.44269504f); }
 
 // ---- shuffles ---------------------------------------------------------------------------------------------------------------
 

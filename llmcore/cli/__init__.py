@@ -8,7 +8,9 @@ from llmcore.cli import doctor
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one sub-command. Returns 0 (fine), 1 (the answer is no) or 2 (bad arguments)."""
-    parser = argparse.ArgumentParser(prog="llmcore", description="Kernels for language models: look after this installation.")
+    parser = argparse.ArgumentParser(
+        prog="llmcore", description="Kernels for language models: look after this installation."
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in (doctor,):
         command.add_parser(commands)

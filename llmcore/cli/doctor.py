@@ -78,13 +78,25 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(report, indent=2))
         return 0
-    for key in ("llmcore", "python", "torch", "triton", "machine", "gpus", "cpu kernels", "cuda kernels", "LLMCORE_BACKEND"):
+    for key in (
+        "llmcore",
+        "python",
+        "torch",
+        "triton",
+        "machine",
+        "gpus",
+        "cpu kernels",
+        "cuda kernels",
+        "LLMCORE_BACKEND",
+    ):
         value = report[key]
         print(f"{key:16} {', '.join(value) if isinstance(value, list) else value or '-'}")
     print(f"\n{'op':14} {'device':6} {'runs on':8} " + " ".join(f"{b:10}" for b in BACKENDS))
     notes: dict[str, None] = {}
     for row in report["ops"]:
-        cells = [c if c == "yes" else "on request" if c.startswith("on request") else "-" for c in row["backends"].values()]
+        cells = [
+            c if c == "yes" else "on request" if c.startswith("on request") else "-" for c in row["backends"].values()
+        ]
         print(f"{row['op']:14} {row['device']:6} {row['runs on']:8} " + " ".join(f"{c:10}" for c in cells))
         for backend, cell in row["backends"].items():
             if cell != "yes" and not cell.endswith(f"no {backend} kernel"):

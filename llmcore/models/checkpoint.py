@@ -44,7 +44,9 @@ def load(path: str | os.PathLike[str]) -> Decoder:
     folder = Path(path)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"load: {folder / name} is missing; a model directory holds {CONFIG} and {WEIGHTS}.")
+            raise FileNotFoundError(
+                f"load: {folder / name} is missing; a model directory holds {CONFIG} and {WEIGHTS}."
+            )
     try:
         values = json.loads((folder / CONFIG).read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -66,7 +68,7 @@ def load(path: str | os.PathLike[str]) -> Decoder:
             )
     for name in state:
         if name not in expected:
-            raise ValueError(f"load: {folder / WEIGHTS} holds {name}, which its config.json does not know.")
+            raise ValueError(f"load: {folder / WEIGHTS} holds {name}, unknown to its config.json.")
     model.load_state_dict(state, assign=True)
     model.tie_weights()
     model.reset_buffers(torch.device("cpu"))

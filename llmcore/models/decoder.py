@@ -147,7 +147,8 @@ class Decoder(nn.Module):
             )
         if targets is not None and targets.shape != input_ids.shape:
             raise ValueError(
-                f"Decoder: targets must have input_ids' shape {tuple(input_ids.shape)}, but it is {tuple(targets.shape)}."
+                f"Decoder: targets must have input_ids' shape {tuple(input_ids.shape)}, "
+                f"but it is {tuple(targets.shape)}."
             )
         length = input_ids.shape[1] + (0 if cache is None else cache.length)
         if length > self.config.max_position_embeddings:

@@ -27,7 +27,9 @@ def _forbid_repeated_ngrams(logits_BV: Tensor, tokens_BT: Tensor, n: int) -> Ten
     windows_BWn = tokens_BT.unfold(1, n, 1)
     suffix_Bn = tokens_BT[:, T - n + 1 :]
     matches_BW = (windows_BWn[..., :-1] == suffix_Bn[:, None]).all(-1)
-    banned_BV = torch.zeros_like(logits_BV).scatter_reduce(1, windows_BWn[..., -1], matches_BW.to(logits_BV.dtype), "amax")
+    banned_BV = torch.zeros_like(logits_BV).scatter_reduce(
+        1, windows_BWn[..., -1], matches_BW.to(logits_BV.dtype), "amax"
+    )
     return logits_BV.masked_fill(banned_BV > 0, -torch.inf)
 
 

@@ -31,7 +31,7 @@ class KVCache:
         self.length = 0
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes k, v (B, T_new, K, D) behind what `layer` holds; returns its keys and values (B, length + T_new, K, D)."""
+        """Writes k, v (B, T_new, K, D) behind what `layer` holds; returns all it holds, (B, length + T_new, K, D)."""
         end = self.length + k.shape[1]
         if end > self.k_LBTKD.shape[2]:
             raise ValueError(f"KVCache: {end} tokens do not fit; it was made for {self.k_LBTKD.shape[2]}.")

@@ -31,14 +31,18 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         R = head_dim if rotary_dim is None else rotary_dim
         if R % 2 or not 0 < R <= head_dim:
-            raise ValueError(f"RotaryEmbedding: rotary_dim is {R}; allowed: an even number from 2 to head_dim = {head_dim}.")
+            raise ValueError(
+                f"RotaryEmbedding: rotary_dim is {R}; allowed: an even number from 2 to head_dim = {head_dim}."
+            )
         self.rotary_dim, self.theta, self.interleaved = R, theta, interleaved
         self.max_position_embeddings = max_position_embeddings
         self.reset_buffers()
 
     def reset_buffers(self, device: torch.device | None = None) -> None:
         """Makes the tables, on `device`; angles are formed in float64, so that far positions stay exact."""
-        frequency = self.theta ** (-torch.arange(0, self.rotary_dim, 2, dtype=torch.float64, device=device) / self.rotary_dim)
+        frequency = self.theta ** (
+            -torch.arange(0, self.rotary_dim, 2, dtype=torch.float64, device=device) / self.rotary_dim
+        )
         position = torch.arange(self.max_position_embeddings, dtype=torch.float64, device=device)
         angle = position[:, None] * frequency
         self.register_buffer("cos", angle.cos().float(), persistent=False)

@@ -93,7 +93,7 @@ def missing(name: str, backend: str, device: str) -> str | None:
 @functools.cache
 def _default(name: str, device: str) -> str:
     op = registry[name]
-    reasons = []
+    reasons: list[str] = []
     for candidate in PREFERENCE.get(device, ("torch",)):
         if candidate in op.opt_in:
             continue
@@ -117,7 +117,9 @@ def _choose(name: str, device: str, forced: str | None) -> str:
     _check_name(forced, "LLMCORE_BACKEND")
     reason = missing(name, forced, device)
     if reason is not None:
-        raise RuntimeError(f"{name} was asked to run on the {forced} backend, but {reason}; {alternatives(name, device)}.")
+        raise RuntimeError(
+            f"{name} was asked to run on the {forced} backend, but {reason}; {alternatives(name, device)}."
+        )
     return forced
 
 
@@ -139,6 +141,8 @@ def resolve(name: str, tensor: torch.Tensor) -> str:
     forced = _forced.name or _process_backend
     if tensor.dtype == torch.float64 and forced != "torch":
         if forced is not None:
-            raise TypeError(f"{name} on the {forced} backend takes float32, bfloat16 or float16, not float64 (torch does).")
+            raise TypeError(
+                f"{name} on the {forced} backend takes float32, bfloat16 or float16, not float64 (torch does)."
+            )
         return "torch"
     return _choose(name, tensor.device.type, forced)

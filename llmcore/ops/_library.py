@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 P = ParamSpec("P")
+R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -76,16 +77,16 @@ def differentiable(op: Any, save: Callable[..., None], backward: Callable[..., A
 class OpFunction(Protocol[P, R_co]):
     """A public op: call it, or call its `.reference`, the plain-PyTorch definition with the same arguments."""
 
-    reference: Callable[P, R_co]
+    reference: Callable[P, Any]
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
 
 
-def public(reference: Callable[P, Any]) -> Callable[[Callable[P, R_co]], OpFunction[P, R_co]]:
+def public(reference: Callable[P, Any]) -> Callable[[Callable[P, R]], OpFunction[P, R]]:
     """Decorates an op's public function with its reference."""
 
-    def attach(function: Callable[P, R_co]) -> OpFunction[P, R_co]:
+    def attach(function: Callable[P, R]) -> OpFunction[P, R]:
         function.reference = reference  # type: ignore[attr-defined]
-        return cast(OpFunction[P, R_co], function)
+        return cast(OpFunction[P, R], function)
 
     return attach

@@ -113,7 +113,14 @@ def _check_positions(positions: Tensor, limit: int) -> None:
 
 
 def _rotated(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool, backend: str
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    interleaved: bool,
+    inverse: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     if positions is not None:
         _check_positions(positions, cos.shape[0])
@@ -130,7 +137,9 @@ def _rotated(
         return kernel.apply_rotary(q, k, cos, sin, positions, interleaved, inverse)
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    pos_b, pos_t = (0, 0) if positions is None else (0 if positions.dim() == 1 else positions.stride(0), positions.stride(-1))
+    pos_b, pos_t = (
+        (0, 0) if positions is None else (0 if positions.dim() == 1 else positions.stride(0), positions.stride(-1))
+    )
     _native.module(backend).apply_rotary(
         q.data_ptr(), k.data_ptr(), q_out.data_ptr(), k_out.data_ptr(), cos.data_ptr(), sin.data_ptr(),
         _native.ptr(positions), q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.shape[3], 2 * cos.shape[1],
@@ -141,7 +150,14 @@ def _rotated(
 
 
 def _fake(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool, backend: str
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    interleaved: bool,
+    inverse: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     return (
         torch.empty(q.shape, dtype=q.dtype, device=q.device),

@@ -56,7 +56,7 @@ def rms_norm(
     residual: Tensor | None = None,
     weight_offset: float = 0.0,
 ) -> Result:
-    """Root-mean-square normalisation of the last dimension (Zhang and Sennrich, 2019), with the residual addition fused.
+    """Root-mean-square normalisation of the last dimension (Zhang and Sennrich, 2019), residual addition fused.
 
     Args:
         x: (..., C), float32, bfloat16 or float16 (float64 on the torch backend).
@@ -267,7 +267,16 @@ def _differentiate(ctx: Any, dy: Tensor | None, ds: Tensor | None, _: None) -> t
         dx = ds.to(ctx.x_dtype)
         return dx, None, None if ctx.residual_dtype is None else ds.to(ctx.residual_dtype), None, None, None
     dx, dresidual, dweight = _rms_norm_backward(
-        dy, ds, s, weight, rstd, ctx.weight_offset, ctx.x_dtype, ctx.residual_dtype, ctx.needs_input_grad[1], ctx.backend
+        dy,
+        ds,
+        s,
+        weight,
+        rstd,
+        ctx.weight_offset,
+        ctx.x_dtype,
+        ctx.residual_dtype,
+        ctx.needs_input_grad[1],
+        ctx.backend,
     )
     return (
         dx,

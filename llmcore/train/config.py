@@ -146,13 +146,14 @@ class TrainConfig:
 
     def micro_batches(self, world_size: int) -> tuple[int, int]:
         """(size, count) of the forward passes of one process in a step."""
-        size = self.micro_batch_size or max(self.batch_size // world_size, 1)
-        if self.batch_size % (size * world_size):
-            micro = "" if self.micro_batch_size is None else f" with micro_batch_size={size}"
+        multiple = world_size * (self.micro_batch_size or 1)
+        if self.batch_size % multiple:
+            micro = "" if self.micro_batch_size is None else f" with micro_batch_size={self.micro_batch_size}"
             raise ConfigError(
-                f"batch_size is {self.batch_size}; allowed is a multiple of {size * world_size}, "
+                f"batch_size is {self.batch_size}; allowed is a multiple of {multiple}, "
                 f"as there are {world_size} processes{micro}."
             )
+        size = self.micro_batch_size or self.batch_size // world_size
         return size, self.batch_size // (size * world_size)
 
 

@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from llmcore.train.config import ConfigError, DataConfig, OptimizerConfig, SampleConfig, TrainConfig
 
 GROUPS: dict[str, Any] = {"data": DataConfig, "optimizer": OptimizerConfig, "sample": SampleConfig}
 NOT_INHERITED = ("out_dir", "name", "resume", "dry_run")  # by a run that goes on from another
+
+
+class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Types and defaults after each description, and the text at the top as it is."""
 
 
 def parse(argv: list[str], description: str, resumed: dict[str, Any] | None = None) -> TrainConfig:
@@ -43,7 +47,13 @@ def parse(argv: list[str], description: str, resumed: dict[str, Any] | None = No
 
 def _parser(description: str) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="train_minimal.py", description=description, exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(
+        usage="python train_minimal.py [--key value ...]",
+        description=description,
+        formatter_class=HelpFormatter,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below, dots as nesting.")
     parser.add_argument("--dry_run", action="store_true", help="Check everything and describe the run; train nothing.")
     parser.add_class_arguments(TrainConfig, skip={"dry_run"})

@@ -87,7 +87,7 @@ def _is_run(path: Path) -> bool:
 
 
 def _newest_run(out_dir: Path) -> Path | None:
-    runs = [path for path in out_dir.iterdir() if _is_run(path)] if out_dir.is_dir() else []
+    runs = [path for path in out_dir.iterdir() if _is_run(path) and checkpoints(path)] if out_dir.is_dir() else []
     return max(runs, key=lambda run: (run.stat().st_mtime, run.name), default=None)
 
 

@@ -66,7 +66,9 @@ def test_repetition_penalty():
 def test_no_repeated_ngrams(model):
     banned = _forbid_repeated_ngrams(torch.zeros(1, 5), torch.tensor([[1, 2, 3, 1, 2]]), 3)
     assert banned.isneginf().tolist() == [[False, False, False, True, False]]
-    assert _forbid_repeated_ngrams(torch.zeros(1, 5), torch.tensor([[4, 2, 4]]), 1).isneginf().tolist() == [[False, False, True, False, True]]
+    assert _forbid_repeated_ngrams(torch.zeros(1, 5), torch.tensor([[4, 2, 4]]), 1).isneginf().tolist() == [
+        [False, False, True, False, True]
+    ]
     row = model.generate(PROMPT[:1], 200, temperature=0, no_repeat_ngram_size=2)[0].tolist()
     pairs = list(zip(row[6:], row[7:], strict=False))
     assert len(pairs) == len(set(pairs))

@@ -37,7 +37,9 @@ def test_shapes(backend, device, dtype, interleaved, B, T, H, K, D, R):
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 def test_positions(backend, device, per_row, dtype):
     q, k = randn(3, 4, 2, 32, device=device), randn(3, 4, 2, 32, device=device, seed=1)
-    positions = torch.tensor([[0, 8, 3, 3], [5, 4, 3, 2], [1, 1, 1, 7]] if per_row else [6, 0, 2, 8], dtype=dtype, device=device)
+    positions = torch.tensor(
+        [[0, 8, 3, 3], [5, 4, 3, 2], [1, 1, 1, 7]] if per_row else [6, 0, 2, 8], dtype=dtype, device=device
+    )
     check(backend, q=q, k=k, **tables(9, 32, device), positions=positions)
     if per_row:
         check(backend, q=q, k=k, **tables(9, 32, device), positions=positions.t().contiguous().t())
@@ -60,8 +62,12 @@ def test_strided_and_broadcast(backend, device, dtype):
 def test_one_output_unused(backend, device):
     q, k = randn(2, 3, 4, 32, device=device), randn(2, 3, 2, 32, device=device, seed=1)
     with llmcore.backend(backend):
-        only_q = torch.autograd.grad(ops.apply_rotary(q, k, **tables(3, 32, device))[0].square().sum(), (q, k), allow_unused=True)
-        only_k = torch.autograd.grad(ops.apply_rotary(q, k, **tables(3, 32, device))[1].square().sum(), (q, k), allow_unused=True)
+        only_q = torch.autograd.grad(
+            ops.apply_rotary(q, k, **tables(3, 32, device))[0].square().sum(), (q, k), allow_unused=True
+        )
+        only_k = torch.autograd.grad(
+            ops.apply_rotary(q, k, **tables(3, 32, device))[1].square().sum(), (q, k), allow_unused=True
+        )
     torch.testing.assert_close(only_q[0], 2 * q.detach())
     torch.testing.assert_close(only_k[1], 2 * k.detach())
 

@@ -105,7 +105,10 @@ def test_gradient_through_lse_alone(backend, device):
 def test_same_bits_twice(backend, device):
     inputs = qkv(1, 70, 70, 4, 2, 32, 32, torch.float32, device)
     with llmcore.backend(backend):
-        first, second = (torch.autograd.grad(ops.attention(**inputs, causal=True).square().sum(), list(inputs.values())) for _ in "12")
+        first, second = (
+            torch.autograd.grad(ops.attention(**inputs, causal=True).square().sum(), list(inputs.values()))
+            for _ in "12"
+        )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 

@@ -134,7 +134,9 @@ def test_activation_checkpointing(name, backend):
     function, tensors, keywords = example(name)
     with llmcore.backend(backend):
         expected = torch.autograd.grad(flat(function(*tensors, **keywords)), tensors)
-        again = torch.utils.checkpoint.checkpoint(lambda *t: flat(function(*t, **keywords)), *tensors, use_reentrant=False)
+        again = torch.utils.checkpoint.checkpoint(
+            lambda *t: flat(function(*t, **keywords)), *tensors, use_reentrant=False
+        )
         actual = torch.autograd.grad(again, tensors)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
@@ -146,7 +148,9 @@ def test_meta_tensors_give_shapes(name, backend):
         real = function(*tensors, **keywords)
     meta = {n: t.to("meta") if isinstance(t, torch.Tensor) else t for n, t in keywords.items()}
     shapes = function(*(t.to("meta") for t in tensors), **meta)
-    for a, b in zip(real if isinstance(real, tuple) else (real,), shapes if isinstance(shapes, tuple) else (shapes,), strict=True):
+    for a, b in zip(
+        real if isinstance(real, tuple) else (real,), shapes if isinstance(shapes, tuple) else (shapes,), strict=True
+    ):
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride()) and b.is_meta
 
 
@@ -161,14 +165,19 @@ def test_double_backward_is_refused(name, backend):
 def test_forcing_a_backend():
     x = torch.randn(2, 16)
     with llmcore.backend("torch"):
-        with pytest.raises(ValueError, match="backend\\(...\\) is 'tritom', which is not a backend; allowed: triton, cuda, cpu, torch"):
+        with pytest.raises(
+            ValueError, match="backend\\(...\\) is 'tritom', which is not a backend; allowed: triton, cuda, cpu, torch"
+        ):
             llmcore.backend("tritom").__enter__()
         ops.rms_norm(x)
     with llmcore.backend("cuda"), pytest.raises(RuntimeError) as caught:
         ops.swiglu(x, x)
     assert str(caught.value).startswith("swiglu was asked to run on the cuda backend, but swiglu has no cuda kernel")
     assert "available for cpu tensors:" in str(caught.value) and "torch" in str(caught.value)
-    with llmcore.backend("triton"), pytest.raises(RuntimeError, match="triton takes CPU tensors only under its interpreter"):
+    with (
+        llmcore.backend("triton"),
+        pytest.raises(RuntimeError, match="triton takes CPU tensors only under its interpreter"),
+    ):
         ops.rms_norm(x)
     if missing("rms_norm", "cpu", "cpu") is None:
         with llmcore.backend("cpu"), pytest.raises(TypeError, match="takes float32, bfloat16 or float16, not float64"):

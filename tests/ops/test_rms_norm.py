@@ -17,7 +17,9 @@ def check(backend, **inputs):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(4, 64), (2, 3, 128), (1, 1), (7, 1), (1, 1000), (5, 33), (3, 4096), (2, 8200), (64,), (0, 16)])
+@pytest.mark.parametrize(
+    "shape", [(4, 64), (2, 3, 128), (1, 1), (7, 1), (1, 1000), (5, 33), (3, 4096), (2, 8200), (64,), (0, 16)]
+)
 @pytest.mark.parametrize("residual", [False, True])
 def test_shapes(backend, device, dtype, shape, residual):
     check(
@@ -106,12 +108,20 @@ def test_gradients_are_not_shared_memory(backend, device):
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        (dict(x=torch.randn(2, 4), weight=torch.randn(3)), ValueError, "weight must be (C,) = (4,), but its shape is (3,)"),
+        (
+            dict(x=torch.randn(2, 4), weight=torch.randn(3)),
+            ValueError,
+            "weight must be (C,) = (4,), but its shape is (3,)",
+        ),
         (dict(x=torch.tensor(1.0)), ValueError, "x must be (..., C)"),
         (dict(x=torch.arange(4)), TypeError, "x has dtype int64; allowed: float32"),
         (dict(x=[1.0]), TypeError, "x must be a tensor, but a list was given"),
         (dict(x=torch.randn(2, 4), residual=torch.randn(4)), ValueError, "residual must be x's shape = (2, 4)"),
-        (dict(x=torch.randn(4), weight=torch.randn(4, device="meta")), ValueError, "weight is on meta, but x is on cpu"),
+        (
+            dict(x=torch.randn(4), weight=torch.randn(4, device="meta")),
+            ValueError,
+            "weight is on meta, but x is on cpu",
+        ),
     ],
 )
 def test_bad_arguments(arguments, error, words):

@@ -39,7 +39,11 @@ def test_strided_and_broadcast(backend, device, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_extreme_gates(backend, device, dtype):
     largest = torch.finfo(dtype).max
-    gate = torch.tensor([0.0, -0.0, 20, -20, 88, -88, 89, -89, 104, -104, 300, -300, largest, -largest]).to(dtype).to(device)
+    gate = (
+        torch.tensor([0.0, -0.0, 20, -20, 88, -88, 89, -89, 104, -104, 300, -300, largest, -largest])
+        .to(dtype)
+        .to(device)
+    )
     with llmcore.backend(backend):
         gate.requires_grad_()
         y = ops.swiglu(gate, torch.ones_like(gate))
@@ -63,7 +67,11 @@ def test_any_shape(backend, rows, cols, dtype):
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ((torch.randn(2, 4), torch.randn(2, 3)), ValueError, "up must be gate's shape = (2, 4), but its shape is (2, 3)"),
+        (
+            (torch.randn(2, 4), torch.randn(2, 3)),
+            ValueError,
+            "up must be gate's shape = (2, 4), but its shape is (2, 3)",
+        ),
         ((torch.randn(4), torch.randn(4).half()), TypeError, "up has dtype float16, but gate has float32"),
         ((torch.arange(4), torch.arange(4)), TypeError, "gate has dtype int64"),
         ((torch.randn(4), torch.randn(4, device="meta")), ValueError, "up is on meta, but gate is on cpu"),
