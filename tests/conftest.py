@@ -13,7 +13,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from sessions import INTERPRETED, backends  # noqa: E402
+
 if INTERPRETED:
     import triton_interpreter
 
@@ -28,16 +29,6 @@ settings.register_profile(
 settings.load_profile("llmcore")
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
-
-
-def backends(op: str) -> list[str]:
-    """The backends to prove for `op` in this session; those that cannot run here are listed by `llmcore doctor`."""
-    from llmcore.ops._dispatch import missing
-
-    if INTERPRETED:
-        return ["triton"]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return [b for b in ("triton", "cuda", "cpu", "torch") if missing(op, b, device) is None]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -124,13 +124,30 @@ def _index(original):
     return patch_lang_tensor
 
 
-def _silent(original):
+def _launch(original):
     @functools.wraps(original)
     def call(self, *arguments, **keywords):
+        _patched_modules.clear()
         with np.errstate(all="ignore"):
             return original(self, *arguments, **keywords)
 
     return call
+
+
+_patched_modules: set[int] = set()
+
+
+def _once_per_launch(original):
+    """The interpreter patches triton.language anew at every call of a device function, a third of its time."""
+
+    @functools.wraps(original)
+    def patch_lang(fn):
+        if id(fn.__globals__) in _patched_modules:
+            return interpreter._LangPatchScope()
+        _patched_modules.add(id(fn.__globals__))
+        return original(fn)
+
+    return patch_lang
 
 
 def _get_bf16(self, value):
@@ -150,5 +167,6 @@ def install() -> None:
     ReduceOps.min_max = _reducing_in_fp32(ReduceOps.min_max)
     ScanOps.cumsum = _reducing_in_fp32(ScanOps.cumsum)
     ScanOps.cumprod = _reducing_in_fp32(ScanOps.cumprod)
-    interpreter.GridExecutor.__call__ = _silent(interpreter.GridExecutor.__call__)
+    interpreter.GridExecutor.__call__ = _launch(interpreter.GridExecutor.__call__)
+    interpreter._patch_lang = _once_per_launch(interpreter._patch_lang)
     interpreter._patch_lang_tensor = _index(interpreter._patch_lang_tensor)

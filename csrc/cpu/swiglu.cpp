@@ -13,12 +13,13 @@ namespace {
 // Blocks of a row are the unit that threads divide, so that their parts begin at whole cache lines.
 constexpr int64_t kBlock = 1024;
 
-// e^x to about 1 ulp in fewer and less dependent steps than exp, for sums with 1: a subnormal result is some other subnormal.
-// r = x - n ln2 with ln2 as one float: its error is n * 2e-9.
-LLMCORE_INLINE vf exp_for_sum(vf x) {
-    constexpr float ln2 = 0.693147182f;
-    // at both ends r is exactly 0: the exponent's bits make infinity and 0
-    x = min(broadcast(128.0f * ln2), max(broadcast(-127.0f * ln2), x));
+constexpr float ln2 = 0.693147182f;
+constexpr float overflow = 128.0f * ln2;
+
+// e^x for x <= overflow, to about 1 ulp, in fewer and less dependent steps than exp. At overflow it is infinity, because r is
+// exactly 0; below -126 ln2 it is some number between 0 and 2^-125. ln2 is one float: r's error is n * 2e-9.
+LLMCORE_INLINE vf exp_normal(vf x) {
+    x = max(broadcast(-126.0f * ln2), x);
     const vf shifted = fmadd(x, broadcast(1.44269504f), broadcast(round_magic)), n = shifted - round_magic;
     const vf r = fmadd(n, broadcast(-ln2), x), r2 = r * r;
     const vf low = fmadd(r, broadcast(1.66665195e-1f), broadcast(4.99999934e-1f));
@@ -52,7 +53,7 @@ void fwd(const T* gate, const T* up, T* y, int64_t rows, int64_t cols, int64_t g
         T* const y_row = y + row * cols + first;
         for_vectors(count, [&](int64_t i, auto lanes) {
             const vf g = load(g_row + i, lanes), u = load(u_row + i, lanes);
-            store(y_row + i, g / (1.0f + exp_for_sum(-g)) * u, lanes);
+            store(y_row + i, g / (1.0f + exp_normal(min(broadcast(overflow), -g))) * u, lanes);
         });
     });
 }
@@ -69,7 +70,8 @@ void bwd(const T* dy, const T* gate, const T* up, T* dgate, T* dup, int64_t rows
         for_vectors(count, [&](int64_t i, auto lanes) {
             const vf d = load(d_row + i, lanes), g = load(g_row + i, lanes), u = load(u_row + i, lanes);
             const vi negative = g < 0.0f;
-            const vf e = exp_for_sum(select(negative, g, -g)), large = 1.0f / (1.0f + e), small = e * large;
+            const vf x = select(negative, g, -g), e = select(x < -126.0f * ln2, zero(), exp_normal(x));
+            const vf large = 1.0f / (1.0f + e), small = e * large;
             const vf sigmoid = select(negative, small, large), rest = select(negative, large, small), silu = g * sigmoid;
             store(dup_row + i, d * silu, lanes);
             store(dgate_row + i, d * (sigmoid + silu * rest) * u, lanes);

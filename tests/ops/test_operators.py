@@ -7,9 +7,9 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import INTERPRETED, backends
 from ops.cases import randn
 from ops.test_apply_rotary import tables
+from sessions import INTERPRETED, backends
 from torch.library import opcheck
 
 import llmcore

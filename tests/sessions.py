@@ -1,0 +1,17 @@
+"""What this test session can prove: everything that runs here, or the Triton kernels in their interpreter."""
+
+import os
+
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def backends(op: str) -> list[str]:
+    """The backends to prove for `op` in this session; those that cannot run here are listed by `llmcore doctor`."""
+    from llmcore.ops._dispatch import missing
+
+    if INTERPRETED:
+        return ["triton"]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return [b for b in ("triton", "cuda", "cpu", "torch") if missing(op, b, device) is None]
