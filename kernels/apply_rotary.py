@@ -1,11 +1,11 @@
 """Rotary position embedding (Su et al., 2021, arXiv:2104.09864) of queries and keys in one launch.
 
-    x1' = x1 * cos - x2 * sin        x2' = x2 * cos + x1 * sin        (the inverse rotation, which is the backward: -sin)
+    x1' = x1 * cos - x2 * sin    x2' = x2 * cos + x1 * sin    (the inverse rotation, which is the backward: -sin)
 
 The pairs (x1, x2) are elements (i, i + R/2), or (2i, 2i + 1) when interleaved; elements from R on are copied.
-q: (B, T, H, D), k: (B, T, K, D), last stride 1; cos, sin: (T_max, R/2) float32 contiguous; positions: (B, T) or (T,) int64, or
-None for 0 .. T-1. A position outside the tables gives NaN. A program takes a few tokens and all their heads, so that the
-angles are loaded once.
+q: (B, T, H, D), k: (B, T, K, D), last stride 1; cos, sin: (T_max, R/2) float32 contiguous; positions: (B, T) or (T,)
+int64, or None for 0 .. T-1. A position outside the tables gives NaN. A program takes a few tokens and all their heads,
+so that the angles are loaded once.
 """
 
 import torch
@@ -28,7 +28,7 @@ def _rotate_heads(
     x_ptr, out_ptr, x_offset, out_offset, x_stride_h, num_heads, cos, sin, token_mask,
     D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
-):
+):  # fmt: skip
     for start in range(0, num_heads, BLOCK_H):
         head = start + tl.arange(0, BLOCK_H)[None, :, None]
         mask = token_mask & (head < num_heads)
@@ -54,14 +54,14 @@ def _rotate_heads(
             tl.store(out_head + i, rest, mask=mask & (i < D))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "T", "H", "K", "T_max"])
 def apply_rotary_kernel(
     q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, positions_ptr, tokens, T, H, K, T_max,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h, position_stride_b, position_stride_t,
     D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
-):
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None, None]
     token_mask = token < tokens
     b = token // T
@@ -79,16 +79,21 @@ def apply_rotary_kernel(
     _rotate_heads(
         q_ptr, q_out_ptr, b * q_stride_b + t * q_stride_t, token * H * D, q_stride_h, H, cos, sin, token_mask,
         D, R, INTERLEAVED, BLOCK_T, BLOCK_H, BLOCK_HALF, BLOCK_REST,
-    )
+    )  # fmt: skip
     _rotate_heads(
         k_ptr, k_out_ptr, b * k_stride_b + t * k_stride_t, token * K * D, k_stride_h, K, cos, sin, token_mask,
         D, R, INTERLEAVED, BLOCK_T, BLOCK_K, BLOCK_HALF, BLOCK_REST,
-    )
+    )  # fmt: skip
 
 
 def apply_rotary(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor | None,
-    interleaved: bool, inverse: bool,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor | None,
+    interleaved: bool,
+    inverse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the rotated q and k, contiguous."""
     B, T, H, D = q.shape
@@ -111,5 +116,5 @@ def apply_rotary(
             D=D, R=R, INTERLEAVED=interleaved, INVERSE=inverse, BLOCK_T=block_t, BLOCK_H=block_h,
             BLOCK_K=min(triton.next_power_of_2(max(K, 1)), block_h), BLOCK_HALF=block_half,
             BLOCK_REST=triton.next_power_of_2(max(D - R, 1)), num_warps=warps,
-        )
+        )  # fmt: skip
     return q_out, k_out

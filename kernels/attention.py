@@ -1,4 +1,4 @@
-"""Attention: softmax(softmax_scale * Q K^T) V over the visible keys, and its gradients, without a T x T matrix in memory.
+"""Attention: softmax(softmax_scale * Q K^T) V over the visible keys, and its gradients, with no T x T matrix in memory.
 
 The forward is in attention_fwd.py, the backward in attention_bwd.py, what they share in attention_tiles.py.
 """

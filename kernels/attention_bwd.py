@@ -3,7 +3,7 @@
     delta = rowsum(dout * out) - dlse        P = exp(softmax_scale * Q K^T - lse)        dS = P * (dout V^T - delta)
     dV = P^T dout        dK = softmax_scale * dS^T Q        dQ = softmax_scale * dS K
 
-(Dao, 2023, arXiv:2307.08691, with the recomputation of P done twice instead of atomic additions to dQ.) One pass holds a tile of
+(Dao, 2023, arXiv:2307.08691, but P is recomputed twice where others add to dQ atomically.) One pass holds a tile of
 keys and visits the queries that see it, of all query heads that share the key head; the other holds a tile of queries.
 Letters and the rule of visibility: attention_tiles.py.
 """
@@ -16,8 +16,15 @@ import triton.language as tl
 
 from . import device
 from .attention_tiles import (
-    Table, config_of, describable, descriptor, dot_precision, head_of, heads_per_section, is_visible, limits,
-    load_tile, my_tile, padded, scale_of_powers_of_two, visited,
+    Table,
+    head_of,
+    heads_per_section,
+    load_tile,
+    masked,
+    my_tile,
+    plan,
+    scale_of_powers_of_two,
+    visited,
 )
 
 # lse and delta are kept for this multiple of queries, so that no tile reads past their end.
@@ -26,7 +33,6 @@ QUERY_MULTIPLE = 128
 
 LOG2E = tl.constexpr(math.log2(math.e))
 
-# (BLOCK_M, BLOCK_N, warps, stages) of the two passes, see attention_tiles.Table.
 DKDV_CONFIGS: Table = {
     ("sm_90", "half"): {64: (128, 64, 4, 2), 128: (64, 64, 4, 2), 256: (32, 64, 8, 2)},
     ("sm_90", "half by pointer"): {64: (64, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 64, 8, 1)},
@@ -60,11 +66,11 @@ DQ_CONFIGS: Table = {
 DELTA_ELEMENTS = 4096
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "Tq"])
 def attention_bwd_delta_kernel(
     dout_ptr, out_ptr, lse_ptr, dlse_ptr, delta_ptr, lse2_ptr, H, Tq, Tq_padded, do_stride_b, do_stride_t, do_stride_h,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-):
+):  # fmt: skip
     """delta, and lse in powers of two; a query that sees no key, or lies past the end, gets lse +inf: its P is 0."""
     tiles = Tq_padded // BLOCK_M
     head = (tl.program_id(0) // tiles).to(tl.int64)
@@ -84,7 +90,7 @@ def attention_bwd_delta_kernel(
     tl.store(lse2_ptr + head * Tq_padded + m, tl.where(lse == float("-inf"), float("inf"), lse * LOG2E))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "H", "K", "Tq", "Tk", "heads_in_section", "window_left", "window_right"])
 def attention_bwd_dkdv_kernel(
     q_source, k_source, v_source, do_source, lse2_ptr, delta_ptr, dk_ptr, dv_ptr, B, H, K, group, Tq, Tq_padded, Tk,
     heads_in_section, qk_scale, softmax_scale, window_left, window_right,
@@ -93,7 +99,7 @@ def attention_bwd_dkdv_kernel(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LIMIT_LEFT: tl.constexpr, LIMIT_RIGHT: tl.constexpr,
     NEGATIVE_SCALE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-):
+):  # fmt: skip
     tile, k_head_of_all = my_tile(tl.cdiv(Tk, BLOCK_N), B * K, heads_in_section, False)
     b = k_head_of_all // K
     k_head = k_head_of_all % K
@@ -108,9 +114,9 @@ def attention_bwd_dkdv_kernel(
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
 
+    last_n = tl.minimum(first_n + BLOCK_N, Tk)
     start, inner_start, inner_end, end = visited(
-        first_n, tl.minimum(first_n + BLOCK_N, Tk), -shift, window_right, window_left, Tq,
-        LIMIT_RIGHT, LIMIT_LEFT, BLOCK_M,
+        first_n, last_n, -shift, window_right, window_left, Tq, LIMIT_RIGHT, LIMIT_LEFT, BLOCK_M
     )
     for member in range(0, group):
         h = k_head * group + member
@@ -124,10 +130,7 @@ def attention_bwd_dkdv_kernel(
             if NEGATIVE_SCALE:
                 s = -s
             if (first_m < inner_start) | (first_m >= inner_end):
-                visible = is_visible(
-                    m[None, :], n[:, None], shift, window_left, window_right, Tk, LIMIT_LEFT, LIMIT_RIGHT
-                )
-                s = tl.where(visible, s, float("-inf"))
+                s = masked(s, m[None, :], n[:, None], shift, window_left, window_right, Tk, LIMIT_LEFT, LIMIT_RIGHT)
             lse2 = tl.load(lse2_ptr + first_of_head + m)
             p = tl.exp2(s * qk_scale - lse2[None, :])
             dout = load_tile(do_of_head, b, h, first_m, Tq, do_stride_t, BLOCK_M, DV, BLOCK_DV, TMA)
@@ -145,7 +148,7 @@ def attention_bwd_dkdv_kernel(
     tl.store(dv_ptr + (row * DV + d), dv.to(dv_ptr.dtype.element_ty), mask=inside & (d < DV))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "H", "Tq", "Tk", "heads_in_section", "window_left", "window_right"])
 def attention_bwd_dq_kernel(
     q_source, k_source, v_source, do_source, lse2_ptr, delta_ptr, dq_ptr, B, H, group, Tq, Tq_padded, Tk,
     heads_in_section, qk_scale, softmax_scale, window_left, window_right,
@@ -154,7 +157,7 @@ def attention_bwd_dq_kernel(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LIMIT_LEFT: tl.constexpr, LIMIT_RIGHT: tl.constexpr,
     NEGATIVE_SCALE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-):
+):  # fmt: skip
     tile, head = my_tile(tl.cdiv(Tq, BLOCK_M), B * H, heads_in_section, LIMIT_RIGHT)
     b = head // H
     h = head % H
@@ -176,19 +179,16 @@ def attention_bwd_dq_kernel(
     delta = tl.load(delta_ptr + first_of_head + m)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
+    last_m = tl.minimum(first_m + BLOCK_M, Tq)
     start, inner_start, inner_end, end = visited(
-        first_m, tl.minimum(first_m + BLOCK_M, Tq), shift, window_left, window_right, Tk,
-        LIMIT_LEFT, LIMIT_RIGHT, BLOCK_N,
+        first_m, last_m, shift, window_left, window_right, Tk, LIMIT_LEFT, LIMIT_RIGHT, BLOCK_N
     )
     for first_n in tl.range(start, end, BLOCK_N):
         k = load_tile(k_of_head, b, k_head, first_n, Tk, k_stride_t, BLOCK_N, D, BLOCK_D, TMA)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if (first_n < inner_start) | (first_n >= inner_end):
             n = first_n + tl.arange(0, BLOCK_N)
-            visible = is_visible(
-                m[:, None], n[None, :], shift, window_left, window_right, Tk, LIMIT_LEFT, LIMIT_RIGHT
-            )
-            s = tl.where(visible, s, float("-inf"))
+            s = masked(s, m[:, None], n[None, :], shift, window_left, window_right, Tk, LIMIT_LEFT, LIMIT_RIGHT)
         p = tl.exp2(s * qk_scale - lse2[:, None])
         v = load_tile(v_of_head, b, k_head, first_n, Tk, v_stride_t, BLOCK_N, DV, BLOCK_DV, TMA)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
@@ -201,7 +201,7 @@ def attention_bwd_dq_kernel(
     tl.store(dq_ptr + (row * D + d), (dq * softmax_scale).to(dq_ptr.dtype.element_ty), mask=mask)
 
 
-def _delta(dout, dlse, out, lse) -> tuple[torch.Tensor, torch.Tensor, int]:
+def _delta(dout, dlse, out, lse) -> tuple[torch.Tensor, torch.Tensor]:
     B, Tq, H, DV = out.shape
     Tq_padded = triton.cdiv(Tq, QUERY_MULTIPLE) * QUERY_MULTIPLE
     delta = torch.empty((B, H, Tq_padded), dtype=torch.float32, device=out.device)
@@ -211,13 +211,21 @@ def _delta(dout, dlse, out, lse) -> tuple[torch.Tensor, torch.Tensor, int]:
     attention_bwd_delta_kernel[(Tq_padded // block_m * B * H,)](
         dout, out, lse, dlse, delta, lse2, H, Tq, Tq_padded, *dout.stride()[:3],
         DV=DV, BLOCK_DV=block_dv, BLOCK_M=block_m, num_warps=4,
-    )
-    return delta, lse2, Tq_padded
+    )  # fmt: skip
+    return delta, lse2
 
 
 def attention_bwd(
-    dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
-    lse: torch.Tensor, softmax_scale: float, window_left: int, window_right: int,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Shapes as in attention_fwd; out and lse are what it returned, dlse is contiguous or None. Returns dq, dk, dv."""
     B, Tq, H, D = q.shape
@@ -227,39 +235,25 @@ def attention_bwd(
     dv = torch.empty((B, Tk, K, DV), dtype=v.dtype, device=q.device)
     if lse.numel() == 0 or Tk == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    precision = dot_precision(q.dtype)
-    tma = describable(device.architecture(q.device), precision, q, k, v, dout)
-    left, right = limits(window_left, window_right, Tq, Tk)
-    block_d, block_dv = padded(D), padded(DV)
+    launch = plan(q, k, v, (dout,), softmax_scale, window_left, window_right)
     scales = (scale_of_powers_of_two(softmax_scale), float(softmax_scale))
-    strides = [stride for tensor in (q, k, v, dout) for stride in tensor.stride()[:3]]
-    group = H // K
+    group, bytes_per_row = H // K, (D + DV) * q.element_size()
 
-    def config_and_sources(table):
-        config = config_of(table, q, max(block_d, block_dv), tma)
-        tiles = ((q, config.block_m, block_d), (k, config.block_n, block_d), (v, config.block_n, block_dv),
-                 (dout, config.block_m, block_dv))
-        sources = [descriptor(*tile) if tma else tile[0] for tile in tiles]
-        constants = {
-            "D": D, "DV": DV, "BLOCK_D": block_d, "BLOCK_DV": block_dv,
-            "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "LIMIT_LEFT": left >= 0, "LIMIT_RIGHT": right >= 0,
-            "NEGATIVE_SCALE": softmax_scale < 0, "PRECISION": precision, "TMA": tma,
-            "num_warps": config.num_warps, "num_stages": config.num_stages,
-        }
-        return config, sources, constants
+    def sources(block_m, block_n):
+        return [launch.source(*tile) for tile in ((q, block_m), (k, block_n), (v, block_n), (dout, block_m))]
 
     with device.current(q.device):
-        delta, lse2, Tq_padded = _delta(dout, dlse, out, lse)
-        config, sources, constants = config_and_sources(DKDV_CONFIGS)
-        section = heads_per_section(group * Tq * (D + DV) * q.element_size(), B * K, 1)
-        attention_bwd_dkdv_kernel[(triton.cdiv(Tk, config.block_n) * B * K,)](
-            *sources, lse2, delta, dk, dv, B, H, K, group, Tq, Tq_padded, Tk, section, *scales, left, right, *strides,
-            **constants,
+        delta, lse2 = _delta(dout, dlse, out, lse)
+        common = (group, Tq, delta.shape[2], Tk)
+        last = (*scales, *launch.window, *launch.strides(q, k, v, dout))
+        block_m, block_n, keywords = launch.tiles(DKDV_CONFIGS)
+        section = heads_per_section(group * Tq * bytes_per_row, B * K, 1)
+        attention_bwd_dkdv_kernel[(triton.cdiv(Tk, block_n) * B * K,)](
+            *sources(block_m, block_n), lse2, delta, dk, dv, B, H, K, *common, section, *last, **keywords
         )
-        config, sources, constants = config_and_sources(DQ_CONFIGS)
-        section = heads_per_section(Tk * (D + DV) * k.element_size(), B * H, group)
-        attention_bwd_dq_kernel[(triton.cdiv(Tq, config.block_m) * B * H,)](
-            *sources, lse2, delta, dq, B, H, group, Tq, Tq_padded, Tk, section, *scales, left, right, *strides,
-            **constants,
+        block_m, block_n, keywords = launch.tiles(DQ_CONFIGS)
+        section = heads_per_section(Tk * bytes_per_row, B * H, group)
+        attention_bwd_dq_kernel[(triton.cdiv(Tq, block_m) * B * H,)](
+            *sources(block_m, block_n), lse2, delta, dq, B, H, *common, section, *last, **keywords
         )
     return dq, dk, dv

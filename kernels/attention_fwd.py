@@ -1,10 +1,10 @@
-"""Attention, forward: FlashAttention-2 (Dao, 2023, arXiv:2307.08691), no T x T matrix in memory.
+"""Attention, forward: FlashAttention-2 (Dao, 2023, arXiv:2307.08691), with no T x T matrix in memory.
 
     S = softmax_scale * Q K^T over the visible keys      out = softmax(S) V      lse = log sum exp S
 
-A program holds a tile of queries and visits the tiles of keys they see, keeping the softmax's maximum and sum online, in powers
-of two (Milakov & Gimelshein, 2018, arXiv:1805.02867). Only tiles that some query of the program does not see entirely are masked.
-A query that sees no key gets out 0, lse -inf.
+A program holds a tile of queries and visits the tiles of keys they see, keeping the softmax's maximum and sum online,
+in powers of two (Milakov & Gimelshein, 2018, arXiv:1805.02867). Only tiles that some query of the program does not see
+entirely are masked. A query that sees no key gets out 0, lse -inf.
 Letters and the rule of visibility: attention_tiles.py. GQA: query head h reads key head h // (H / K).
 """
 
@@ -16,13 +16,19 @@ import triton.language as tl
 
 from . import device
 from .attention_tiles import (
-    Table, config_of, describable, descriptor, dot_precision, head_of, heads_per_section, is_visible, limits,
-    load_tile, my_tile, padded, scale_of_powers_of_two, visited,
+    Table,
+    head_of,
+    heads_per_section,
+    load_tile,
+    masked,
+    my_tile,
+    plan,
+    scale_of_powers_of_two,
+    visited,
 )
 
-
-# (BLOCK_M, BLOCK_N, warps, stages), see attention_tiles.Table. On sm_90 up to head size 128 two programs share a multiprocessor, so
-# that one's exponentials run beside the other's products.
+# On sm_90 up to head size 128 two programs share a multiprocessor, so that one's exponentials run beside the other's
+# products.
 CONFIGS: Table = {
     ("sm_90", "half"): {64: (128, 128, 4, 2), 128: (128, 64, 4, 2), 256: (128, 64, 8, 2)},
     ("sm_90", "half by pointer"): {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 64, 8, 2)},
@@ -44,7 +50,7 @@ LOWEST = tl.constexpr(-3.3e38)
 LN2 = tl.constexpr(math.log(2))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "H", "Tq", "Tk", "heads_in_section", "window_left", "window_right"])
 def attention_fwd_kernel(
     q_source, k_source, v_source, out_ptr, lse_ptr, B, H, group, Tq, Tk, heads_in_section, qk_scale,
     window_left, window_right, q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
@@ -52,7 +58,7 @@ def attention_fwd_kernel(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LIMIT_LEFT: tl.constexpr, LIMIT_RIGHT: tl.constexpr,
     NEGATIVE_SCALE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-):
+):  # fmt: skip
     tile, head = my_tile(tl.cdiv(Tq, BLOCK_M), B * H, heads_in_section, LIMIT_RIGHT)
     b = head // H
     h = head % H
@@ -71,19 +77,16 @@ def attention_fwd_kernel(
     largest = tl.full((BLOCK_M,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
 
+    last_m = tl.minimum(first_m + BLOCK_M, Tq)
     start, inner_start, inner_end, end = visited(
-        first_m, tl.minimum(first_m + BLOCK_M, Tq), shift, window_left, window_right, Tk,
-        LIMIT_LEFT, LIMIT_RIGHT, BLOCK_N,
+        first_m, last_m, shift, window_left, window_right, Tk, LIMIT_LEFT, LIMIT_RIGHT, BLOCK_N
     )
     for first_n in tl.range(start, end, BLOCK_N):
         k = load_tile(k_of_head, b, k_head, first_n, Tk, k_stride_t, BLOCK_N, D, BLOCK_D, TMA)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if (first_n < inner_start) | (first_n >= inner_end):
             n = first_n + tl.arange(0, BLOCK_N)
-            visible = is_visible(
-                m[:, None], n[None, :], shift, window_left, window_right, Tk, LIMIT_LEFT, LIMIT_RIGHT
-            )
-            s = tl.where(visible, s, float("-inf"))
+            s = masked(s, m[:, None], n[None, :], shift, window_left, window_right, Tk, LIMIT_LEFT, LIMIT_RIGHT)
         # The scale is positive: it passes through the maximum, and joins the subtraction in one instruction.
         new_largest = tl.maximum(largest, tl.max(s, 1) * qk_scale)
         p = tl.exp2(s * qk_scale - new_largest[:, None])
@@ -106,8 +109,11 @@ def attention_fwd_kernel(
 def attention_fwd(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float, window_left: int, window_right: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q: (B, Tq, H, D), k: (B, Tk, K, D), v: (B, Tk, K, DV), last stride 1. Returns out (B, Tq, H, DV), lse (B, H, Tq)."""
-    B, Tq, H, D = q.shape
+    """q: (B, Tq, H, D), k: (B, Tk, K, D), v: (B, Tk, K, DV), last stride 1.
+
+    Returns out (B, Tq, H, DV) in q's dtype and lse (B, H, Tq) in float32.
+    """
+    B, Tq, H, _ = q.shape
     Tk, K, DV = v.shape[1:]
     out = torch.empty((B, Tq, H, DV), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
@@ -115,26 +121,13 @@ def attention_fwd(
         return out, lse
     if Tk == 0:
         return out.zero_(), lse.fill_(-math.inf)
-    block_d, block_dv = padded(D), padded(DV)
-    precision = dot_precision(q.dtype)
-    tma = describable(device.architecture(q.device), precision, q, k, v)
-    config = config_of(CONFIGS, q, max(block_d, block_dv), tma)
-    sources = (q, k, v)
-    if tma:
-        sources = (
-            descriptor(q, config.block_m, block_d),
-            descriptor(k, config.block_n, block_d),
-            descriptor(v, config.block_n, block_dv),
-        )
-    left, right = limits(window_left, window_right, Tq, Tk)
-    group = H // K
-    section = heads_per_section(Tk * (D + DV) * k.element_size(), B * H, group)
+    launch = plan(q, k, v, (), softmax_scale, window_left, window_right)
+    block_m, block_n, keywords = launch.tiles(CONFIGS)
+    section = heads_per_section((k[0, :, 0].numel() + v[0, :, 0].numel()) * k.element_size(), B * H, H // K)
     with device.current(q.device):
-        attention_fwd_kernel[(triton.cdiv(Tq, config.block_m) * B * H,)](
-            *sources, out, lse, B, H, group, Tq, Tk, section, scale_of_powers_of_two(softmax_scale), left, right,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            D=D, DV=DV, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            LIMIT_LEFT=left >= 0, LIMIT_RIGHT=right >= 0, NEGATIVE_SCALE=softmax_scale < 0,
-            PRECISION=precision, TMA=tma, num_warps=config.num_warps, num_stages=config.num_stages,
-        )
+        attention_fwd_kernel[(triton.cdiv(Tq, block_m) * B * H,)](
+            launch.source(q, block_m), launch.source(k, block_n), launch.source(v, block_n), out, lse,
+            B, H, H // K, Tq, Tk, section, scale_of_powers_of_two(softmax_scale), *launch.window,
+            *launch.strides(q, k, v), **keywords,
+        )  # fmt: skip
     return out, lse

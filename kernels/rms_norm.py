@@ -1,13 +1,13 @@
 """RMSNorm (Zhang & Sennrich, 2019, arXiv:1910.07467), forward and backward, with an optional fused residual add.
 
-    s = x + residual, rounded to its dtype      rstd = 1 / sqrt(mean(s^2) + eps)      y = s * rstd * (weight + weight_offset)
+    s = x + residual, rounded to its dtype   rstd = 1 / sqrt(mean(s^2) + eps)   y = s * rstd * (weight + weight_offset)
 
     g = dy * (weight + weight_offset),  xh = s * rstd:
-    dx = dresidual = rstd * (g - xh * mean(g * xh)) + ds                              dweight = sum over rows of dy * xh
+    dx = dresidual = rstd * (g - xh * mean(g * xh)) + ds        dweight = sum over rows of dy * xh
 
-Every tensor is (rows, C) or (C,), the last stride is 1. A row stays in registers up to MAX_RESIDENT columns; a wider one is
-read twice, the second time from the L2 cache. The weight's gradient is summed by a fixed number of programs, each of which
-strides over the rows, and one reduction of their partial sums: no atomics, the same result every time.
+Every tensor is (rows, C) or (C,), the last stride is 1. A row stays in registers up to MAX_RESIDENT columns; a wider
+one is read twice, the second time from the L2 cache. The weight's gradient is summed by a fixed number of programs,
+each of which strides over the rows, and one reduction of their partial sums: no atomics, the same result every time.
 """
 
 import torch
@@ -16,8 +16,8 @@ import triton.language as tl
 
 from . import device
 
-# Per architecture, the elements of a tile of whole rows (forward, backward), of a piece of a wide row, and of a tile of the
-# last reduction (rows, columns).
+# Per architecture, the elements of a tile of whole rows (forward, backward), of a piece of a wide row, and of a tile of
+# the last reduction (rows, columns).
 TILES = {
     "sm_90": (4096, 4096, 16384, (64, 32)),
     "sm_80": (4096, 4096, 8192, (64, 32)),
@@ -44,18 +44,18 @@ def _whole_rows(cols: int, elements: int, per_warp: int) -> dict[str, int]:
 
 
 def _programs_and_stages(device_: torch.device, elements: int, bytes_per_element: int) -> tuple[int, int]:
-    """Programs that stride over the rows, as many as run at once, and pipeline stages: one more than tiles on their way."""
+    """Programs that stride over the rows, as many as run at once; their stages, one more than tiles on their way."""
     per_multiprocessor = 2 if elements <= 4096 else 1
     budget = PREFETCH_BYTES[device.architecture(device_)] // per_multiprocessor
     stages = 1 + min(budget // (elements * bytes_per_element), 3)
     return per_multiprocessor * device.multiprocessors(device_), stages
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rms_norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, s_ptr, rstd_ptr, rows, cols, x_row_stride, residual_row_stride,
     eps, weight_offset, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
-):
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     col = tl.arange(0, BLOCK_COLS)[None, :]
     mask = (row < rows) & (col < cols)
@@ -77,7 +77,7 @@ def rms_norm_fwd_kernel(
 def rms_norm_fwd_wide_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, s_ptr, rstd_ptr, cols, x_row_stride, residual_row_stride,
     eps, weight_offset, BLOCK_COLS: tl.constexpr,
-):
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_row_stride
     y_ptr += row * cols
@@ -87,10 +87,8 @@ def rms_norm_fwd_wide_kernel(
         col = start + offsets
         s = tl.load(x_ptr + col, mask=col < cols, other=0.0, eviction_policy="evict_last").to(tl.float32)
         if residual_ptr is not None:
-            s += tl.load(
-                residual_ptr + row * residual_row_stride + col, mask=col < cols, other=0.0,
-                eviction_policy="evict_first",
-            ).to(tl.float32)
+            residual = residual_ptr + row * residual_row_stride + col
+            s += tl.load(residual, mask=col < cols, other=0.0, eviction_policy="evict_first").to(tl.float32)
             rounded = s.to(s_ptr.dtype.element_ty)
             tl.store(s_ptr + row * cols + col, rounded, mask=col < cols)
             s = rounded.to(tl.float32)
@@ -112,12 +110,12 @@ def rms_norm_fwd_wide_kernel(
         tl.store(y_ptr + col, y.to(y_ptr.dtype.element_ty), mask=col < cols)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rms_norm_bwd_kernel(
     dy_ptr, ds_ptr, s_ptr, weight_ptr, rstd_ptr, dx_ptr, dresidual_ptr, dweight_partial_ptr, rows, cols,
     dy_row_stride, ds_row_stride, s_row_stride, weight_offset,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, KEEP_WEIGHT: tl.constexpr, NUM_STAGES: tl.constexpr,
-):
+):  # fmt: skip
     col = tl.arange(0, BLOCK_COLS)[None, :]
     if weight_ptr is not None and KEEP_WEIGHT:
         weight = tl.load(weight_ptr + col, mask=col < cols, other=0.0)
@@ -152,7 +150,7 @@ def rms_norm_bwd_kernel(
 def rms_norm_bwd_wide_kernel(
     dy_ptr, ds_ptr, s_ptr, weight_ptr, rstd_ptr, dx_ptr, dresidual_ptr, cols,
     dy_row_stride, ds_row_stride, s_row_stride, weight_offset, BLOCK_COLS: tl.constexpr,
-):
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     dy_ptr += row * dy_row_stride
     s_ptr += row * s_row_stride
@@ -184,11 +182,11 @@ def rms_norm_bwd_wide_kernel(
             tl.store(dresidual_ptr + row * cols + col, dresidual, mask=col < cols)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rms_norm_bwd_weight_kernel(
     dy_ptr, s_ptr, rstd_ptr, dweight_partial_ptr, rows, cols, dy_row_stride, s_row_stride,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, NUM_STAGES: tl.constexpr,
-):
+):  # fmt: skip
     """Partial sums of dy * xh for a band of columns: program (i, j) takes every num_programs(1)-th block of rows."""
     col = tl.program_id(0) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
     dweight = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
@@ -204,7 +202,7 @@ def rms_norm_bwd_weight_kernel(
     tl.store(partial, tl.sum(dweight, axis=0, keep_dims=True), mask=col < cols)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["partials"])
 def rms_norm_bwd_reduce_kernel(
     partial_ptr, dweight_ptr, partials, cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
 ):
@@ -221,7 +219,7 @@ def rms_norm_bwd_reduce_kernel(
 def rms_norm_fwd(
     x: torch.Tensor, weight: torch.Tensor | None, residual: torch.Tensor | None, eps: float, weight_offset: float
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """x, residual: (rows, C); weight: (C,). Returns y in x's dtype, s (None without a residual), rstd (rows,) float32."""
+    """x, residual: (rows, C); weight: (C,). Returns y in x's dtype, s (None without a residual), rstd (rows,) fp32."""
     rows, cols = x.shape
     y = torch.empty((rows, cols), dtype=x.dtype, device=x.device)
     rstd = torch.empty((rows,), dtype=torch.float32, device=x.device)
@@ -242,13 +240,20 @@ def rms_norm_fwd(
             rms_norm_fwd_wide_kernel[(rows,)](
                 x, residual, weight, y, s, rstd, *scalars,
                 BLOCK_COLS=piece, num_warps=_warps(piece, FWD_ELEMENTS_PER_WARP),
-            )
+            )  # fmt: skip
     return y, s, rstd
 
 
 def rms_norm_bwd(
-    dy: torch.Tensor, ds: torch.Tensor | None, s: torch.Tensor, weight: torch.Tensor | None, rstd: torch.Tensor,
-    weight_offset: float, x_dtype: torch.dtype, residual_dtype: torch.dtype | None, need_dweight: bool,
+    dy: torch.Tensor,
+    ds: torch.Tensor | None,
+    s: torch.Tensor,
+    weight: torch.Tensor | None,
+    rstd: torch.Tensor,
+    weight_offset: float,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+    need_dweight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Returns dx, dresidual (None when it is dx, or there is no residual), dweight (None when not wanted).
 
@@ -269,7 +274,7 @@ def rms_norm_bwd(
     with device.current(s.device):
         backward = _bwd_resident if cols <= MAX_RESIDENT else _bwd_wide
         partial = backward(inputs, (dx, dresidual), strides, float(weight_offset), dweight is not None)
-        if dweight is not None:
+        if dweight is not None and partial is not None:
             block_rows, block_cols = TILES[device.architecture(s.device)][3]
             rms_norm_bwd_reduce_kernel[(triton.cdiv(cols, block_cols),)](
                 partial, dweight, partial.shape[0], cols, BLOCK_ROWS=block_rows, BLOCK_COLS=block_cols, num_warps=4
@@ -290,7 +295,7 @@ def _bwd_resident(inputs, outputs, strides, weight_offset, need_partial) -> torc
     rms_norm_bwd_kernel[(programs,)](
         *inputs, *outputs, partial, rows, cols, *strides, weight_offset,
         KEEP_WEIGHT=keep_weight, NUM_STAGES=stages, **config,
-    )
+    )  # fmt: skip
     return partial
 
 
@@ -301,7 +306,7 @@ def _bwd_wide(inputs, outputs, strides, weight_offset, need_partial) -> torch.Te
     rms_norm_bwd_wide_kernel[(rows,)](
         *inputs, *outputs, cols, *strides, weight_offset,
         BLOCK_COLS=piece, num_warps=_warps(piece, FWD_ELEMENTS_PER_WARP),
-    )
+    )  # fmt: skip
     if not need_partial:
         return None
     block_rows, block_cols = 4, tile // 4
@@ -312,5 +317,5 @@ def _bwd_wide(inputs, outputs, strides, weight_offset, need_partial) -> torch.Te
     rms_norm_bwd_weight_kernel[(bands, programs)](
         dy, s, rstd, partial, rows, cols, strides[0], strides[2],
         BLOCK_ROWS=block_rows, BLOCK_COLS=block_cols, NUM_STAGES=stages, num_warps=_warps(tile, BWD_ELEMENTS_PER_WARP),
-    )
+    )  # fmt: skip
     return partial

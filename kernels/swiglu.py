@@ -3,8 +3,8 @@
     y = silu(gate) * up,  silu(g) = g * sigmoid(g)
     dgate = dy * up * sigmoid(g) * (1 + g * (1 - sigmoid(g)))        dup = dy * silu(g)
 
-gate, up, dy: (rows, F) with last stride 1; nothing but gate and up is saved for the backward. One pass over memory each way.
-Where all rows follow each other without gaps the tensor is one long row.
+gate, up, dy: (rows, F) with last stride 1; nothing but gate and up is saved for the backward. One pass over memory each
+way. Where all rows follow each other without gaps the tensor is one long row.
 """
 
 import torch
@@ -22,10 +22,10 @@ PIECES = {
 }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces_per_row"])
 def swiglu_fwd_kernel(
     gate_ptr, up_ptr, y_ptr, cols, gate_row_stride, up_row_stride, pieces_per_row, BLOCK: tl.constexpr
-):
+):  # fmt: skip
     row = (tl.program_id(0) // pieces_per_row).to(tl.int64)
     start = (tl.program_id(0) % pieces_per_row).to(tl.int64) * BLOCK
     offset = tl.arange(0, BLOCK)
@@ -36,11 +36,11 @@ def swiglu_fwd_kernel(
     tl.store(y_ptr + (row * cols + start) + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces_per_row"])
 def swiglu_bwd_kernel(
     dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, cols, dy_row_stride, gate_row_stride, up_row_stride, pieces_per_row,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     row = (tl.program_id(0) // pieces_per_row).to(tl.int64)
     start = (tl.program_id(0) % pieces_per_row).to(tl.int64) * BLOCK
     offset = tl.arange(0, BLOCK)

@@ -14,34 +14,35 @@ typedef uint64_t vq __attribute__((vector_size(LLMCORE_VECTOR_BYTES)));
 // lanes (0, 1, 2, 3, ...) -> (1, 0, 3, 2, ...)
 LLMCORE_INLINE vf swap_pairs(vf x) { return (vf)(((vq)x << 32) | ((vq)x >> 32)); }
 
-template <class T>
-LLMCORE_INLINE void rotate_halves(const T* x, T* out, const float* cos, const float* sin, int64_t half, float sign) {
+// x1 and x2 begin at the offsets first and second: exchanging them turns the rotation round
+template <bool kStream, class T>
+LLMCORE_INLINE void rotate_halves(const T* x, T* out, const float* cos, const float* sin, int64_t half, int64_t first,
+                                  int64_t second) {
     for_vectors(half, [&](int64_t i, auto lanes) {
-        const vf x1 = load(x + i, lanes), x2 = load(x + half + i, lanes);
-        const vf c = load(cos + i, lanes), s = load(sin + i, lanes) * sign;
-        store(out + i, x1 * c - x2 * s, lanes);
-        store(out + half + i, x2 * c + x1 * s, lanes);
+        const vf x1 = load(x + first + i, lanes), x2 = load(x + second + i, lanes);
+        const vf c = load(cos + i, lanes), s = load(sin + i, lanes);
+        store_output<kStream>(out + first + i, x1 * c - x2 * s, lanes);
+        store_output<kStream>(out + second + i, x2 * c + x1 * s, lanes);
     });
 }
 
 // cos2 and sin2 hold every value twice, sin2 with the sign of the pair's first and second element
-template <class T>
+template <bool kStream, class T>
 LLMCORE_INLINE void rotate_pairs(const T* x, T* out, const float* cos2, const float* sin2, int64_t R) {
     for_vectors(R, [&](int64_t i, auto lanes) {
         const vf value = load(x + i, lanes);
-        store(out + i, value * load(cos2 + i, lanes) + swap_pairs(value) * load(sin2 + i, lanes), lanes);
+        store_output<kStream>(out + i, value * load(cos2 + i, lanes) + swap_pairs(value) * load(sin2 + i, lanes), lanes);
     });
 }
 
-template <class T>
+template <bool kStream, class T>
 void rotate(const T* q, const T* k, T* q_out, T* k_out, const float* cos, const float* sin, const int64_t* positions,
             int64_t B, int64_t T_, int64_t H, int64_t K, int64_t D, int64_t R, int64_t q_stride_b, int64_t q_stride_t,
             int64_t q_stride_h, int64_t k_stride_b, int64_t k_stride_t, int64_t k_stride_h, int64_t pos_stride_b,
             int64_t pos_stride_t, bool interleaved, bool inverse) {
     const int64_t half = R / 2, per_token = (H + K) * D;
-    const float sign = inverse ? -1.0f : 1.0f;
     if (per_token == 0) return;
-    parallel_for(B * T_, kGrain / per_token, [&](int64_t begin, int64_t end) {
+    parallel_stream<kStream>(B * T_, kGrain / per_token, [&](int64_t begin, int64_t end) {
         const Scratch doubled(interleaved ? 2 * R : 0);
         float *const cos2 = doubled.data(), *const sin2 = cos2 + (interleaved ? R : 0);
         for (int64_t token = begin; token < end; token++) {
@@ -51,7 +52,8 @@ void rotate(const T* q, const T* k, T* q_out, T* k_out, const float* cos, const 
             if (interleaved) {
                 for (int64_t i = 0; i < half; i++) {
                     cos2[2 * i] = cos2[2 * i + 1] = c[i];
-                    sin2[2 * i] = -(sin2[2 * i + 1] = s[i] * sign);
+                    sin2[2 * i] = inverse ? s[i] : -s[i];
+                    sin2[2 * i + 1] = -sin2[2 * i];
                 }
             }
             const auto heads = [&](const T* x, T* out, int64_t count, int64_t stride) {
@@ -59,9 +61,9 @@ void rotate(const T* q, const T* k, T* q_out, T* k_out, const float* cos, const 
                     const T* const from = x + h * stride;
                     T* const to = out + h * D;
                     if (interleaved) {
-                        rotate_pairs(from, to, cos2, sin2, R);
+                        rotate_pairs<kStream>(from, to, cos2, sin2, R);
                     } else {
-                        rotate_halves(from, to, c, s, half, sign);
+                        rotate_halves<kStream>(from, to, c, s, half, inverse ? half : 0, inverse ? 0 : half);
                     }
                     if (R < D) __builtin_memcpy(to + R, from + R, std::size_t(D - R) * sizeof(T));
                 }
@@ -81,9 +83,14 @@ void apply_rotary(const void* q, const void* k, void* q_out, void* k_out, const 
                   DType dtype) {
     visit(dtype, [&](auto element) {
         using E = decltype(element);
-        rotate(static_cast<const E*>(q), static_cast<const E*>(k), static_cast<E*>(q_out), static_cast<E*>(k_out), cos,
-               sin, positions, B, T, H, K, D, R, q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
-               pos_stride_b, pos_stride_t, interleaved, inverse);
+        E *const q_to = static_cast<E*>(q_out), *const k_to = static_cast<E*>(k_out);
+        const int64_t count = B * T * (H + K) * D;
+        const bool worth = worth_streaming(q_to, count, R / 2) && worth_streaming(k_to, count, D);
+        with_streaming(worth, [&](auto streaming) {
+            rotate<streaming()>(static_cast<const E*>(q), static_cast<const E*>(k), q_to, k_to, cos, sin, positions, B,
+                                T, H, K, D, R, q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
+                                pos_stride_b, pos_stride_t, interleaved, inverse);
+        });
     });
 }
 

@@ -5,8 +5,6 @@
 // where there are fewer items; the parts are joined in order: lse weights each part's output, arXiv 2307.08691, section 3.3.
 #pragma once
 
-#include <cfloat>
-
 #include "cpu/attention_pack.h"
 
 namespace llmcore::LLMCORE_ISA {
@@ -29,27 +27,25 @@ struct FewPart {
     }
 };
 
-// scores[r][j] = q_r . k_j of R rows and J keys
+// scores[r][j] = q_r . k_j of R rows and J keys, each in two sums: shorter chains are faster and more accurate
 template <int R, int J, class T>
 LLMCORE_INLINE void few_scores(const float* q, int64_t q_stride, const T* k, int64_t k_stride, int64_t D, float* scores) {
-    vf acc[R][J];
-    for (int r = 0; r < R; ++r)
-        for (int j = 0; j < J; ++j) acc[r][j] = zero();
+    vf acc[2][R][J];
+    for (int i = 0; i < 2 * R * J; ++i) acc[i / (R * J)][i / J % R][i % J] = zero();
+    const auto add = [&](vf(&sums)[R][J], int64_t d, int n) {
+        for (int j = 0; j < J; ++j) {
+            const vf x = n == VL ? load(k + j * k_stride + d) : load(k + j * k_stride + d, n);
+            for (int r = 0; r < R; ++r) sums[r][j] = fmadd(load(q + r * q_stride + d), x, sums[r][j]);
+        }
+    };
     int64_t d = 0;
-    for (; d + VL <= D; d += VL) {
-        for (int j = 0; j < J; ++j) {
-            const vf x = load(k + j * k_stride + d);
-            for (int r = 0; r < R; ++r) acc[r][j] = fmadd(load(q + r * q_stride + d), x, acc[r][j]);
-        }
+    for (; d + 2 * VL <= D; d += 2 * VL) {
+        add(acc[0], d, VL);
+        add(acc[1], d + VL, VL);
     }
-    if (d < D) {
-        for (int j = 0; j < J; ++j) {
-            const vf x = load(k + j * k_stride + d, int(D - d));
-            for (int r = 0; r < R; ++r) acc[r][j] = fmadd(load(q + r * q_stride + d), x, acc[r][j]);
-        }
-    }
+    for (; d < D; d += VL) add(acc[0], d, int(least(D - d, VL)));
     for (int r = 0; r < R; ++r)
-        for (int j = 0; j < J; ++j) scores[r * few_keys + j] = reduce_sum(acc[r][j]);
+        for (int j = 0; j < J; ++j) scores[r * few_keys + j] = reduce_sum(acc[0][r][j] + acc[1][r][j]);
 }
 
 // o_r = rescale_r o_r + sum over n keys of weights[r][j] v_j, for N vectors of R rows; the last vector has `last` elements
@@ -97,10 +93,11 @@ void few_block(const Problem& p, const FewPart& w, int row, const T* k, int64_t 
     const float* q = w.q + row * q_stride;
     float *s = w.weights + row * few_keys, *o = w.o + row * o_stride;
     int j = 0;
-    for (; j + 4 <= n; j += 4) few_scores<R, 4>(q, q_stride, k + j * k_stride, k_stride, p.D, s + j);
+    for (; j + 4 / R <= n; j += 4 / R) few_scores<R, 4 / R>(q, q_stride, k + j * k_stride, k_stride, p.D, s + j);
     for (; j < n; ++j) few_scores<R, 1>(q, q_stride, k + j * k_stride, k_stride, p.D, s + j);
     for (int r = 0; r < R; ++r) {
-        const int begin = BlockRange::clamp(p.lo(row + r) - first, n), end = BlockRange::clamp(p.hi(row + r) - first, n);
+        const int begin = BlockRange::clamp(p.lo((row + r) / p.G()) - first, n);
+        const int end = BlockRange::clamp(p.hi((row + r) / p.G()) - first, n);
         few_softmax(p.scale * log2_e, s + r * few_keys, n, begin, end, w.m[row + r], w.l[row + r],
                     w.rescale[row + r]);
     }
@@ -115,18 +112,19 @@ template <class T>
 void few_part(const Problem& p, const Operand& q, const Operand& k, const Operand& v, int64_t item, int begin, int end,
               const FewPart& w) {
     const int rows = int(p.rows());
-    for (int r = 0; r < rows; ++r) {
-        pack_row(Floats{}, p.query<T>(q, item, r), p.D, p.q_factor, w.q + r * leading(p.D));
-        w.m[r] = -FLT_MAX;
+    Row row = p.row(item, 0);
+    for (int r = 0; r < rows; ++r, row.next()) {
+        pack_row(Floats{}, q.at<T>(row.b, row.t, row.h()), p.D, p.q_factor, w.q + r * leading(p.D));
+        w.m[r] = lowest;
         w.l[r] = 0.0f;
     }
     fill_zero(w.o, rows * leading(p.Dv));
     for (int first = begin; first < end; first += few_keys) {
         const int n = int(least(end - first, few_keys));
-        const T *k_first = p.key<T>(k, item, first), *v_first = p.key<T>(v, item, first);
-        int row = 0;
-        for (; row + 2 <= rows; row += 2) few_block<2>(p, w, row, k_first, k.stride_t, v_first, v.stride_t, first, n);
-        if (row < rows) few_block<1>(p, w, row, k_first, k.stride_t, v_first, v.stride_t, first, n);
+        const T *k_first = p.keys<T>(k, item) + first * k.stride_t, *v_first = p.keys<T>(v, item) + first * v.stride_t;
+        int r = 0;
+        for (; r + 2 <= rows; r += 2) few_block<2>(p, w, r, k_first, k.stride_t, v_first, v.stride_t, first, n);
+        if (r < rows) few_block<1>(p, w, r, k_first, k.stride_t, v_first, v.stride_t, first, n);
     }
 }
 
@@ -148,7 +146,7 @@ template <class T>
 void attend_few(const Problem& p, const Operand& q, const Operand& k, const Operand& v, T* out, float* lse) {
     const int64_t items = p.items();
     const int threads = worth_threads(p) ? max_threads() : 1;
-    const int begin = p.lo(0), end = p.hi(p.rows() - 1);
+    const int begin = p.lo(0), end = p.hi(p.Tq - 1);
     const int64_t by_keys = (end - begin + 127) / 128;  // shorter parts are not worth it
     const int64_t splits = is_balanced(items, threads) ? 1 : most(least(threads, by_keys), 1);
     const bool concurrent = threads > 1;
@@ -156,7 +154,10 @@ void attend_few(const Problem& p, const Operand& q, const Operand& k, const Oper
     const std::uintptr_t base = (std::uintptr_t)memory.data;
 
     const auto finish = [&](int64_t item, const FewPart& w) {
-        for (int r = 0; r < p.rows(); ++r) write_row(p, item, r, w.o + r * leading(p.Dv), w.m[r], w.l[r], out, lse);
+        Row row = p.row(item, 0);
+        for (int r = 0; r < p.rows(); ++r, row.next()) {
+            write_row(p, row, w.o + r * leading(p.Dv), w.m[r] * p.scale, w.l[r], out, lse);
+        }
     };
     parallel_dynamic(concurrent, items * splits, [&](int64_t i, int thread) {
         const int64_t item = i / splits, split = i % splits, n = end - begin;

@@ -8,8 +8,6 @@
 // B batch, H query heads, K key heads, G = H / K, Tq queries, Tk keys, D and Dv head sizes
 #include "cpu/attention.h"
 
-#include <cfloat>
-
 #include "cpu/attention_few.h"
 #include "cpu/attention_pack.h"
 
@@ -27,12 +25,24 @@ struct PackedKeys {
     }
 };
 
+template <int N>
+LLMCORE_INLINE void store_weights(Floats, float* to, int key, const vf (&x)[2 * N]) {
+    for (int i = 0; i < 2 * N; ++i) store(to + (key + i / N) * block_rows + i % N * VL, x[i]);
+}
+
+template <int N>
+LLMCORE_INLINE void store_weights(Bf16Pairs, uint32_t* to, int key, const vf (&x)[2 * N]) {
+    for (int v = 0; v < N; ++v) {
+        store_bits(to + key / 2 * block_rows + v * VL, bf16_pairs(round_to_bf16(x[v]), round_to_bf16(x[N + v])));
+    }
+}
+
 // One thread's block of queries.
 template <class M>
 struct FwdBlock {
     typename M::Word *q_rows, *q, *weights;
-    float *scores, *o, *m, *l, *rescale;
-    BlockRange range;  // not initialised by place()
+    float *scores, *o, *m, *shift, *l, *rescale;  // m: largest product q k; weights are 2^(factor q k - shift)
+    BlockRange* range;
 
     void place(Layout& layout, const Problem& p) {
         q_rows = layout.take<typename M::Word>(block_rows * leading(p.D / M::per_word));
@@ -41,113 +51,127 @@ struct FwdBlock {
         weights = M::per_word == 1 ? (typename M::Word*)scores : layout.take<typename M::Word>(block_keys / 2 * block_rows);
         o = layout.take<float>(block_rows * leading(p.Dv));
         m = layout.take<float>(block_rows);
+        shift = layout.take<float>(block_rows);
         l = layout.take<float>(block_rows);
         rescale = layout.take<float>(block_rows);
+        range = layout.take<BlockRange>(1);
     }
 };
 
-// Softmax of `factor` log 2 times the scores of N vectors of queries, from `column` on, and the tile's keys [begin, end): both multiples of the words'
-// elements. Those outside [all_begin, all_end) are not seen by all. Weights of keys outside [begin, end) are set to 0.
+// Softmax of `factor` log 2 times the scores of N vectors of queries, from `column` on, and the tile's keys [begin, end), both
+// multiples of tile_rows; those outside [all_begin, all_end) are not seen by all. Weights of keys outside [begin, end) become 0.
 template <class M, int N>
-__attribute__((noinline)) void softmax_panel(FwdBlock<M>& w, float factor, int column, int first, int keys, int begin,
-                                             int end, int all_begin, int all_end) {
+__attribute__((noinline)) void softmax_panel(const FwdBlock<M>& w, float factor, int column, int first, int keys, int begin, int end,
+                                             int all_begin, int all_end) {
     float* s = w.scores + column;
-    vf largest[N], l[N];
-    vi lo[N], hi[N];
-    for (int v = 0; v < N; ++v) {
-        largest[v] = load(w.m + column + v * VL);
-        l[v] = zero();
-        lo[v] = load_bits<vi>(w.range.lo + column + v * VL) - first;
-        hi[v] = load_bits<vi>(w.range.hi + column + v * VL) - first;
-    }
-    for (int j = begin; j < end; ++j) {
-        const bool masked = j < all_begin || j >= all_end;
+    typename M::Word* weights = w.weights + column;
+    vf largest[N], shift[N], sum[2][N];
+    for (int v = 0; v < N; ++v) largest[v] = load(w.m + column + v * VL);
+    const auto mask = [&](int from, int to) {
         for (int v = 0; v < N; ++v) {
-            vf x = load(s + j * block_rows + v * VL);
-            if (masked) {
-                x = select((lo[v] <= j) & (hi[v] > j), x, broadcast(-infinity));
-                store(s + j * block_rows + v * VL, x);
-            }
-            largest[v] = max(x, largest[v]);
-        }
-    }
-    for (int j = begin; j < end; j += M::per_word) {
-        for (int v = 0; v < N; ++v) {
-            const vf x = exp2_fast((load(s + j * block_rows + v * VL) - largest[v]) * factor);
-            if constexpr (M::per_word == 1) {
-                l[v] += x;
-                store(w.weights + j * block_rows + column + v * VL, x);
-            } else {
-                const vf y = exp2_fast((load(s + (j + 1) * block_rows + v * VL) - largest[v]) * factor);
-                l[v] += x + y;
-                store_bits(w.weights + j / 2 * block_rows + column + v * VL, bf16_pairs(round_to_bf16(x), round_to_bf16(y)));
+            const vi lo = load_bits<vi>(w.range->lo + column + v * VL), hi = load_bits<vi>(w.range->hi + column + v * VL);
+            for (int j = from; j < to; ++j) {
+                float* x = s + j * block_rows + v * VL;
+                store(x, select((lo <= first + j) & (hi > first + j), load(x), broadcast(-infinity)));
             }
         }
+    };
+    mask(begin, int(least(all_begin, end)));
+    mask(int(most(all_end, begin)), end);
+    for (int j = begin; j < end; ++j)
+        for (int v = 0; v < N; ++v) largest[v] = max(load(s + j * block_rows + v * VL), largest[v]);
+    for (int v = 0; v < N; ++v) {
+        shift[v] = largest[v] * factor;
+        sum[0][v] = sum[1][v] = zero();
+    }
+    for (int j = begin; j < end; j += 2) {
+        vf x[2 * N];
+        for (int i = 0; i < 2 * N; ++i) x[i] = fmadd(load(s + (j + i / N) * block_rows + i % N * VL), broadcast(factor), -shift[i % N]);
+        exp2_fast(x);
+        for (int i = 0; i < 2 * N; ++i) sum[i / N][i % N] += x[i];
+        store_weights<N>(M{}, weights, j, x);
     }
     for (int v = 0; v < N; ++v) {
-        const vf rescale = exp2_fast((load(w.m + column + v * VL) - largest[v]) * factor);
-        store(w.rescale + column + v * VL, rescale);
-        store(w.m + column + v * VL, largest[v]);
-        store(w.l + column + v * VL, fmadd(load(w.l + column + v * VL), rescale, l[v]));
+        const int i = column + v * VL;
+        const vf rescale = exp2_fast(load(w.shift + i) - shift[v]);
+        store(w.rescale + i, rescale);
+        store(w.m + i, largest[v]);
+        store(w.shift + i, shift[v]);
+        store(w.l + i, fmadd(load(w.l + i), rescale, sum[0][v] + sum[1][v]));
     }
     const auto clear = [&](int from, int to) {
-        for (int j = from; j < to; ++j) fill_zero(w.weights + j * block_rows + column, N * VL);
+        for (int j = from; j < to; ++j) fill_zero(weights + j * block_rows, N * VL);
     };
     clear(0, begin / M::per_word);
-    clear(most(begin, end) / M::per_word, keys / M::per_word);
+    clear(int(most(begin, end)) / M::per_word, keys / M::per_word);
 }
 
 // Scores and softmax of one tile of keys, then o = diag(rescale) o + weights v.
 template <class M>
-void attend_tile(const Problem& p, const PackedKeys<M>& packed, FwdBlock<M>& w, int rows, int first, int keys) {
+void attend_tile(const Problem& p, const PackedKeys<M>& packed, const FwdBlock<M>& w, int rows, int first, int keys) {
     const int64_t k_stride = leading(p.D / M::per_word), v_stride = leading(p.Dv);
     by_twos(vectors(rows), [&](auto count, int vector) {
         constexpr int N = decltype(count)::value;
         const int column = vector * VL, n = N * VL;
-        const int begin = w.range.begin(column, first, keys) / tile_rows * tile_rows;
-        const int end = round_up(w.range.end(column, n, first, keys), tile_rows);
+        const int begin = w.range->begin(column, first, keys) / tile_rows * tile_rows;
+        const int end = round_up(w.range->end(column, n, first, keys), tile_rows);
         for (int j = begin; j < end; j += tile_rows) {
             score_tile<M, N>(p.D / M::per_word, packed.k + (first + j) * k_stride, k_stride, w.q + column,
                              w.scores + j * block_rows + column);
         }
         softmax_panel<M, N>(w, p.scale * log2_e, column, first, round_up(keys, tile_rows), begin, end,
-                            w.range.all_begin(column, n, first, keys), w.range.all_end(column, first, keys));
+                            w.range->all_begin(column, n, first, keys), w.range->all_end(column, first, keys));
     });
+    int64_t begin[block_rows / tile_rows], words[block_rows / tile_rows];
+    const int tiles = round_up(rows, tile_rows) / tile_rows;
+    for (int i = 0; i < tiles; ++i) {
+        begin[i] = w.range->begin(i * tile_rows, first, keys) / M::per_word;
+        words[i] = round_up(w.range->end(i * tile_rows, tile_rows, first, keys), M::per_word) / M::per_word - begin[i];
+    }
     by_twos(vectors(p.Dv), [&](auto count, int vector) {
         constexpr int N = decltype(count)::value;
-        for (int i = 0; i < rows; i += tile_rows) {
-            const int begin = w.range.begin(i, first, keys) / M::per_word;
-            const int end = round_up(w.range.end(i, tile_rows, first, keys), M::per_word) / M::per_word;
-            weighted_sum_tile<M, N>(end - begin, w.weights + begin * block_rows + i,
-                                    packed.v + (first / M::per_word + begin) * v_stride + vector * VL, v_stride,
-                                    w.o + i * v_stride + vector * VL, v_stride, w.rescale + i);
+        const typename M::Word* v = packed.v + first / M::per_word * v_stride + vector * VL;
+        for (int i = 0; i < tiles; ++i) {
+            if (words[i] <= 0) continue;
+            weighted_sum_tile<M, N>(words[i], w.weights + begin[i] * block_rows + i * tile_rows, v + begin[i] * v_stride, v_stride,
+                                    w.o + i * tile_rows * v_stride + vector * VL, v_stride, w.rescale + i * tile_rows);
         }
     });
 }
 
 template <class M, class T>
-void attend_block(const Problem& p, const Operand& q, const PackedKeys<M>& packed, FwdBlock<M>& w, int64_t item, int64_t block,
+void attend_block(const Problem& p, const Operand& q, const PackedKeys<M>& packed, const FwdBlock<M>& w, int64_t item, int64_t block,
                   T* out, float* lse) {
     const int64_t first_row = block * block_rows, q_stride = leading(p.D / M::per_word), v_stride = leading(p.Dv);
     const int rows = int(least(p.rows() - first_row, block_rows)), columns = vectors(rows) * VL;
-    for (int i = 0; i < rows; ++i) {
-        pack_row(M{}, p.query<T>(q, item, first_row + i), p.D, p.q_factor, w.q_rows + i * q_stride);
+    Row row = p.row(item, first_row);
+    w.range->set(p, row, rows);
+    for (int i = 0; i < rows; ++i, row.next()) {
+        pack_row(M{}, q.at<T>(row.b, row.t, row.h()), p.D, p.q_factor, w.q_rows + i * q_stride);
+        __builtin_prefetch(&lse[p.lse_index(row)], 1);
+        for (int64_t d = 0; d < p.Dv; d += int64_t(64 / sizeof(T))) __builtin_prefetch(out + p.output_row(row) * p.Dv + d, 1);
     }
+    int64_t ahead = least(p.rows() - first_row - rows, block_rows);
     fill_zero(w.q_rows + rows * q_stride, (columns - rows) * q_stride);
     pack_transposed(w.q_rows, q_stride, columns, p.D / M::per_word, w.q);
-    w.range.set(p, first_row, rows);
     for (int i = 0; i < block_rows; ++i) {
-        w.m[i] = -FLT_MAX;
+        w.m[i] = lowest;
+        w.shift[i] = lowest;
         w.l[i] = 0.0f;
         w.rescale[i] = 1.0f;
     }
     fill_zero(w.o, round_up(rows, tile_rows) * v_stride);
 
-    const int seen = w.range.hi[rows - 1];
-    for (int first = w.range.lo[0] & ~1; first < seen; first += block_keys) {
+    const int seen = w.range->hi[rows - 1];
+    for (int first = w.range->lo[0] & ~1; first < seen; first += block_keys) {
+        for (int i = 0; i < 12 && ahead > 0; ++i, --ahead, row.next()) prefetch_row(q.at<T>(row.b, row.t, row.h()), p.D);
         attend_tile(p, packed, w, rows, first, int(least(seen - first, block_keys)));
     }
-    for (int i = 0; i < rows; ++i) write_row(p, item, first_row + i, w.o + i * v_stride, w.m[i], w.l[i], out, lse);
+    const float from_shift = float(double(p.scale) / double(p.scale * log2_e));  // undoes the rounding of factor too
+    row = p.row(item, first_row);
+    for (int i = 0; i < rows; ++i, row.next()) {
+        write_row(p, row, w.o + i * v_stride, w.shift[i] * from_shift, w.l[i], out, lse);
+    }
 }
 
 // With enough items each thread takes whole ones; otherwise all are packed first and the threads share their blocks, the blocks
@@ -162,13 +186,13 @@ void attend(const Problem& p, const Operand& q, const Operand& k, const Operand&
     const std::uintptr_t packed_base = (std::uintptr_t)memory.data, work_base = packed_base + packed_bytes;
 
     const auto pack = [&](int64_t item, const PackedKeys<M>& packed) {
-        pack_broadcast_keys<M, T>(M{}, p, k, item, p.D, packed.k);
-        pack_vector_keys<T>(M{}, p, v, item, p.Dv, packed.v);
+        pack_broadcast_keys(M{}, p.keys<T>(k, item), k.stride_t, p.Tk, p.D, packed.k);
+        pack_vector_keys(M{}, p.keys<T>(v, item), v.stride_t, p.Tk, p.Dv, packed.v);
     };
     if (whole) {
         parallel_dynamic(threads > 1, items, [&](int64_t item, int thread) {
             const auto packed = part_at<PackedKeys<M>>(packed_base, thread, p);
-            auto work = part_at<FwdBlock<M>>(work_base, thread, p);
+            const auto work = part_at<FwdBlock<M>>(work_base, thread, p);
             pack(item, packed);
             for (int64_t block = 0; block < blocks; ++block) attend_block(p, q, packed, work, item, block, out, lse);
         });
@@ -177,7 +201,7 @@ void attend(const Problem& p, const Operand& q, const Operand& k, const Operand&
     parallel_dynamic(true, items, [&](int64_t item, int) { pack(item, part_at<PackedKeys<M>>(packed_base, item, p)); });
     parallel_dynamic(true, items * blocks, [&](int64_t i, int thread) {
         const int64_t item = i % items, block = blocks - 1 - i / items;
-        auto work = part_at<FwdBlock<M>>(work_base, thread, p);
+        const auto work = part_at<FwdBlock<M>>(work_base, thread, p);
         attend_block(p, q, part_at<PackedKeys<M>>(packed_base, item, p), work, item, block, out, lse);
     });
 }

@@ -14,6 +14,7 @@ namespace llmcore::LLMCORE_ISA {
 namespace {
 
 constexpr float log2_e = 1.44269504f;
+constexpr float lowest = -1e30f;  // below all products q k; still finite when multiplied by a scale
 constexpr float infinity = __builtin_inff();
 
 LLMCORE_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -30,37 +31,43 @@ struct Operand {
     }
 };
 
+// A row of an item: its batch element, time, first query head and number g of the head among the G.
+struct Row {
+    int64_t b, t, head, g, G;
+
+    int64_t h() const { return head + g; }
+    void next() {
+        if (++g == G) {
+            g = 0;
+            ++t;
+        }
+    }
+};
+
 struct Problem {
     int64_t B, H, K, Tq, Tk, D, Dv;
-    float scale;  // positive: its sign goes into q, so that the largest product is the largest score; for 0, q is 0 and this 1
-    float q_factor;                     // 1, -1 or 0
+    float scale;     // positive: its sign goes into q, so that the largest product is the largest score; for 0, q is 0 and this 1
+    float q_factor;  // 1, -1 or 0
     int64_t window_left, window_right;  // negative: no limit
 
     int64_t G() const { return H / K; }
     int64_t rows() const { return Tq * G(); }
     int64_t items() const { return B * K; }
 
+    Row row(int64_t item, int64_t r) const { return {item / K, r / G(), item % K * G(), r % G(), G()}; }
     template <class T>
-    const T* query(const Operand& x, int64_t item, int64_t row) const {  // also of dout
-        return x.at<T>(item / K, row / G(), item % K * G() + row % G());
+    const T* keys(const Operand& x, int64_t item) const {  // the item's first row of k or v
+        return x.at<T>(item / K, 0, item % K);
     }
-    template <class T>
-    const T* key(const Operand& x, int64_t item, int64_t j) const {  // also of v
-        return x.at<T>(item / K, j, item % K);
-    }
-    // the row's number among B * Tq * H and B * K * Tk: outputs are contiguous; and its place in lse, (B, H, Tq)
-    int64_t output_row(int64_t item, int64_t row) const { return (item / K * Tq + row / G()) * H + item % K * G() + row % G(); }
-    int64_t output_key(int64_t item, int64_t j) const { return (item / K * Tk + j) * K + item % K; }
-    int64_t lse_index(int64_t item, int64_t row) const {
-        return (item / K * H + item % K * G() + row % G()) * Tq + row / G();
-    }
+    int64_t output_row(const Row& r) const { return (r.b * Tq + r.t) * H + r.h(); }  // of (B, Tq, H)
+    int64_t lse_index(const Row& r) const { return (r.b * H + r.h()) * Tq + r.t; }   // of (B, H, Tq)
 
-    int lo(int64_t row) const {
-        const int64_t here = row / G() + Tk - Tq;
-        return window_left < 0 || window_left > here ? 0 : int(least(here - window_left, Tk));
+    int lo(int64_t t) const {
+        const int64_t here = t + Tk - Tq;
+        return window_left < 0 || window_left > here ? 0 : int(here - window_left);
     }
-    int hi(int64_t row) const {
-        const int64_t here = row / G() + Tk - Tq;
+    int hi(int64_t t) const {
+        const int64_t here = t + Tk - Tq;
         return window_right < 0 || window_right >= Tk - here ? int(Tk) : int(most(here + window_right + 1, 0));
     }
 };
@@ -75,17 +82,17 @@ LLMCORE_INLINE Problem problem(int64_t B, int64_t H, int64_t K, int64_t Tq, int6
 struct BlockRange {
     int32_t lo[block_rows], hi[block_rows];
 
-    void set(const Problem& p, int64_t first_row, int64_t count) {
-        for (int64_t i = 0; i < count; ++i) {
-            lo[i] = p.lo(first_row + i);
-            hi[i] = p.hi(first_row + i);
+    void set(const Problem& p, Row row, int count) {
+        for (int i = 0; i < count; ++i, row.next()) {
+            lo[i] = p.lo(row.t);
+            hi[i] = p.hi(row.t);
         }
-        for (int64_t i = count; i < block_rows; ++i) {
+        for (int i = count; i < block_rows; ++i) {
             lo[i] = lo[count - 1];
             hi[i] = hi[count - 1];
         }
     }
-    // the tile's first and last + 1 key (of `keys` from `first`, relative to it) that a row of [row, row + n) sees
+    // the first and last + 1 key, of the tile's `keys` from `first` on and relative to it, that one of n rows sees
     int begin(int row, int first, int keys) const { return clamp(lo[row] - first, keys); }
     int end(int row, int n, int first, int keys) const { return clamp(hi[row + n - 1] - first, keys); }
     // the same for the keys that all of them see
@@ -206,14 +213,18 @@ LLMCORE_INLINE void write_scaled(const float* from, float factor, int64_t n, T* 
     if (i < n) store(to + i, load(from + i) * factor, int(n - i));
 }
 
-// The result of a row: the weighted sum o, the maximum m of the products q k, the sum l of the weights.
+// The result of a row: o is the sum of its values with weights exp(score - offset), l the sum of the weights.
 template <class T>
-LLMCORE_INLINE void write_row(const Problem& p, int64_t item, int64_t row, const float* o, float m, float l, T* out, float* lse) {
+LLMCORE_INLINE void write_row(const Problem& p, const Row& row, const float* o, float offset, float l, T* out, float* lse) {
     const bool empty = l == 0.0f;
-    const float inverse = empty ? 0.0f : 1.0f / l;
-    T* to = out + p.output_row(item, row) * p.Dv;
-    write_scaled(o, inverse, p.Dv, to);
-    lse[p.lse_index(item, row)] = empty ? -infinity : m * p.scale + std::log(l);
+    write_scaled(o, empty ? 0.0f : 1.0f / l, p.Dv, out + p.output_row(row) * p.Dv);
+    lse[p.lse_index(row)] = empty ? -infinity : offset + std::log(l);
+}
+
+// Rows lie far apart: the processor does not foresee them.
+template <class T>
+LLMCORE_INLINE void prefetch_row(const T* p, int64_t n) {
+    for (int64_t i = 0; i < n; i += int64_t(64 / sizeof(T))) __builtin_prefetch(p + i);
 }
 
 // The words of `rows` rows (a multiple of 4, as is `words`), transposed: to[word][row], block_rows apart.
@@ -223,26 +234,35 @@ LLMCORE_INLINE void pack_transposed(const W* from, int64_t stride, int64_t rows,
         for (int64_t w = 0; w < words; w += 4) transpose_4x4(from + r * stride + w, stride, to + w * block_rows + r, block_rows);
 }
 
-// The rows of K, or V, of an item, as the broadcast side of a product over its columns: words of each row, then tile_rows rows
-// of zeros.
+constexpr int64_t prefetch_rows = 16;
+
+// The Tk rows of n elements of k, or v, as the broadcast side of a product over their elements: words of each row, and tile_rows
+// rows of zeros after the last.
 template <class M, class T>
-void pack_broadcast_keys(M m, const Problem& p, const Operand& x, int64_t item, int64_t n, typename M::Word* to) {
+void pack_broadcast_keys(M m, const T* from, int64_t from_stride, int64_t Tk, int64_t n, typename M::Word* to) {
     const int64_t stride = leading(n / M::per_word);
-    for (int64_t j = 0; j < p.Tk; ++j) pack_row(m, p.key<T>(x, item, j), n, 1.0f, to + j * stride);
-    fill_zero(to + p.Tk * stride, tile_rows * stride);
+    for (int64_t j = 0; j < Tk; ++j) {
+        if (j + prefetch_rows < Tk) prefetch_row(from + (j + prefetch_rows) * from_stride, n);
+        pack_row(m, from + j * from_stride, n, 1.0f, to + j * stride);
+    }
+    fill_zero(to + Tk * stride, tile_rows * stride);
 }
 
 // The same as the vector side of a product over keys.
 template <class T>
-void pack_vector_keys(Floats m, const Problem& p, const Operand& x, int64_t item, int64_t n, float* to) {
-    for (int64_t j = 0; j < p.Tk; ++j) pack_row(m, p.key<T>(x, item, j), n, 1.0f, to + j * leading(n));
+void pack_vector_keys(Floats m, const T* from, int64_t from_stride, int64_t Tk, int64_t n, float* to) {
+    for (int64_t j = 0; j < Tk; ++j) {
+        if (j + prefetch_rows < Tk) prefetch_row(from + (j + prefetch_rows) * from_stride, n);
+        pack_row(m, from + j * from_stride, n, 1.0f, to + j * leading(n));
+    }
 }
 
 template <class T>
-void pack_vector_keys(Bf16Pairs, const Problem& p, const Operand& x, int64_t item, int64_t n, uint32_t* to) {
-    for (int64_t j = 0; j < p.Tk; j += 2) {
-        const T* odd = j + 1 < p.Tk ? p.key<T>(x, item, j + 1) : nullptr;
-        pack_row_pair(p.key<T>(x, item, j), odd, n, to + j / 2 * leading(n));
+void pack_vector_keys(Bf16Pairs, const T* from, int64_t from_stride, int64_t Tk, int64_t n, uint32_t* to) {
+    for (int64_t j = 0; j < Tk; ++j) {
+        if (j + prefetch_rows < Tk) prefetch_row(from + (j + prefetch_rows) * from_stride, n);
+        const T* even = from + j * from_stride;
+        if (j % 2 == 0) pack_row_pair(even, j + 1 < Tk ? even + from_stride : nullptr, n, to + j / 2 * leading(n));
     }
 }
 

@@ -99,13 +99,14 @@ __attribute__((noinline)) void score_tile(int64_t words, const typename M::Word*
         for (int v = 0; v < N; ++v) store(c + i * block_rows + v * VL, acc[i][v]);
 }
 
-// C = diag(scale) C + A^T B, or C + A^T B without a scale. A: words x tile_rows, rows block_rows apart; B: words x N vectors.
+// C = diag(scale) C + A^T B, or C + A^T B without a scale. A: words x tile_rows, rows block_rows apart; B: words x N vectors; words > 0.
 // The sum starts from 0 and C is added last: the shorter the chain of additions, the smaller its error.
 template <class M, int N>
 __attribute__((noinline)) void weighted_sum_tile(int64_t words, const typename M::Word* a, const typename M::Word* b,
                                                  int64_t b_stride, float* c, int64_t c_stride, const float* scale) {
     Tile<N> acc;
     clear_tile<N>(acc);
+    if (words < 1) __builtin_unreachable();  // or the compiler keeps the sums in memory too, for an empty loop
 #pragma GCC unroll 4
     for (int64_t k = 0; k < words; ++k) multiply_word<M, N>(acc, a + k * block_rows, 1, b + k * b_stride);
     for (int i = 0; i < tile_rows; ++i) {
@@ -117,12 +118,13 @@ __attribute__((noinline)) void weighted_sum_tile(int64_t words, const typename M
     }
 }
 
-// C += A B. A: tile_rows x words, rows block_rows elements apart; B: words x N vectors.
+// C += A B. A: tile_rows x words, rows block_rows elements apart; B: words x N vectors; words > 0.
 template <class M, int N>
 __attribute__((noinline)) void gradient_tile(int64_t words, const typename M::Word* a, const typename M::Word* b,
                                              int64_t b_stride, float* c, int64_t c_stride) {
     Tile<N> acc;
     clear_tile<N>(acc);
+    if (words < 1) __builtin_unreachable();  // or the compiler keeps the sums in memory too, for an empty loop
 #pragma GCC unroll 4
     for (int64_t k = 0; k < words; ++k) multiply_word<M, N>(acc, a + k, block_rows / M::per_word, b + k * b_stride);
     for (int i = 0; i < tile_rows; ++i) {

@@ -61,6 +61,8 @@ PYBIND11_MODULE(_cpu, m) {
     bind(m, "apply_rotary", level.kernels->apply_rotary);
     bind(m, "swiglu_fwd", level.kernels->swiglu_fwd);
     bind(m, "swiglu_bwd", level.kernels->swiglu_bwd);
+    bind(m, "attention_fwd", level.kernels->attention_fwd);
+    bind(m, "attention_bwd", level.kernels->attention_bwd);
 
     m.def("isa", [name = level.name] { return name; }, "The instruction-set level in use.");
     m.def(

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "cpu/attention.h"
 
 namespace llmcore {
 
@@ -42,6 +43,8 @@ struct Kernels {
     ApplyRotary* apply_rotary;
     SwigluFwd* swiglu_fwd;
     SwigluBwd* swiglu_bwd;
+    AttentionFwd* attention_fwd;
+    AttentionBwd* attention_bwd;
 };
 
 #if defined(LLMCORE_ISA)

@@ -55,17 +55,17 @@ LLMCORE_INLINE vf store_rounded(fp16_t* p, vf x, Lanes lanes) {
 }
 
 // y = row * rstd * w
-template <class X, class S>
+template <bool kStream, class X, class S>
 LLMCORE_INLINE void scale_row(const S* row, const float* w, X* y, float rstd, int64_t cols) {
     const vf r = broadcast(rstd);
     for_vectors(cols, [&](int64_t i, auto lanes) {
-        store(y + i, rms_norm_y(load(row + i, lanes), r, load(w + i, lanes)), lanes);
+        store_output<kStream>(y + i, rms_norm_y(load(row + i, lanes), r, load(w + i, lanes)), lanes);
     });
 }
 
-template <class X>
+template <bool kStream, class X>
 void fwd(const X* x, const float* w, X* y, float* rstd, int64_t rows, int64_t cols, int64_t x_row_stride, float eps) {
-    parallel_for(rows, kGrain / cols, [&](int64_t begin, int64_t end) {
+    parallel_stream<kStream>(rows, kGrain / cols, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; row++) {
             const X* const x_row = x + row * x_row_stride;
             const float sum = sum_vectors(cols, [&](int64_t i, auto lanes) {
@@ -73,15 +73,15 @@ void fwd(const X* x, const float* w, X* y, float* rstd, int64_t rows, int64_t co
                 return value * value;
             });
             rstd[row] = rms_norm_rstd(sum, cols, eps);
-            scale_row(x_row, w, y + row * cols, rstd[row], cols);
+            scale_row<kStream>(x_row, w, y + row * cols, rstd[row], cols);
         }
     });
 }
 
-template <class X, class R, class S>
+template <bool kStream, class X, class R, class S>
 void fwd_residual(const X* x, const R* residual, const float* w, X* y, S* s, float* rstd, int64_t rows, int64_t cols,
                   int64_t x_row_stride, int64_t residual_row_stride, float eps) {
-    parallel_for(rows, kGrain / cols, [&](int64_t begin, int64_t end) {
+    parallel_stream<kStream>(rows, kGrain / cols, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; row++) {
             const X* const x_row = x + row * x_row_stride;
             const R* const residual_row = residual + row * residual_row_stride;
@@ -91,7 +91,7 @@ void fwd_residual(const X* x, const R* residual, const float* w, X* y, S* s, flo
                 return value * value;
             });
             rstd[row] = rms_norm_rstd(sum, cols, eps);
-            scale_row(s_row, w, y + row * cols, rstd[row], cols);
+            scale_row<kStream>(s_row, w, y + row * cols, rstd[row], cols);
         }
     });
 }
@@ -215,12 +215,18 @@ void rms_norm_fwd(const void* x, const void* residual, const void* weight, void*
         using X = decltype(x_element);
         const X* const x_rows = static_cast<const X*>(x);
         X* const y_rows = static_cast<X*>(y);
-        if (residual == nullptr) return fwd(x_rows, w.data, y_rows, rstd, rows, cols, x_row_stride, eps);
-        visit(residual_dtype, [&](auto residual_element) {
-            using R = decltype(residual_element);
-            using S = std::conditional_t<std::is_same_v<X, R>, X, float>;
-            fwd_residual(x_rows, static_cast<const R*>(residual), w.data, y_rows, static_cast<S*>(s), rstd, rows, cols,
-                         x_row_stride, residual_row_stride, eps);
+        const bool worth = x_dtype == DType::f32 && worth_streaming(y_rows, rows * cols, cols);
+        with_streaming(worth, [&](auto streaming) {
+            constexpr bool kStream = streaming() && std::is_same_v<X, float>;
+            if (residual == nullptr) {
+                return fwd<kStream>(x_rows, w.data, y_rows, rstd, rows, cols, x_row_stride, eps);
+            }
+            visit(residual_dtype, [&](auto residual_element) {
+                using R = decltype(residual_element);
+                using S = std::conditional_t<std::is_same_v<X, R>, X, float>;
+                fwd_residual<kStream>(x_rows, static_cast<const R*>(residual), w.data, y_rows, static_cast<S*>(s), rstd,
+                                      rows, cols, x_row_stride, residual_row_stride, eps);
+            });
         });
     });
 }

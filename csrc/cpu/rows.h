@@ -6,6 +6,7 @@
 
 #include <cstdlib>
 #include <new>
+#include <type_traits>
 
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
@@ -26,6 +27,70 @@ LLMCORE_INLINE vf load(const T* p, Whole) {
 template <class T>
 LLMCORE_INLINE void store(T* p, vf x, Whole) {
     store(p, x);
+}
+
+// Outputs of this size are out of the caches before anyone reads them. Stores that bypass the caches spare the reading of what
+// is overwritten: measured on Zen 3, 1.05 to 1.4 times faster from here on, slower for the next reader below.
+constexpr int64_t kStreamBytes = int64_t(32) << 20;
+
+// Whether to stream an output of `count` elements that is written in contiguous pieces of `piece`.
+template <class T>
+LLMCORE_INLINE bool worth_streaming(const T* p, int64_t count, int64_t piece) {
+    return count * int64_t(sizeof(T)) >= kStreamBytes && piece % VL == 0 &&
+           reinterpret_cast<std::uintptr_t>(p) % (VL * sizeof(T)) == 0;
+}
+
+// store at an address aligned to VL elements, past the caches where the processor can
+LLMCORE_INLINE void stream(float* p, vf x) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(p, (__m512)x);
+#elif defined(__AVX2__)
+    _mm256_stream_ps(p, (__m256)x);
+#elif defined(__x86_64__)
+    _mm_stream_ps(p, (__m128)x);
+#else
+    store(p, x);
+#endif
+}
+
+LLMCORE_INLINE void stream_halves(void* p, vh x) {
+#if defined(__AVX512F__)
+    _mm256_stream_si256((__m256i*)p, (__m256i)x);
+#elif defined(__AVX2__)
+    _mm_stream_si128((__m128i*)p, (__m128i)x);
+#else
+    store_bits(p, x);
+#endif
+}
+LLMCORE_INLINE void stream(bf16_t* p, vf x) { stream_halves(p, narrow_bf16(x)); }
+LLMCORE_INLINE void stream(fp16_t* p, vf x) { stream_halves(p, narrow_fp16(x)); }
+
+// store, streamed if the kernel was told so
+template <bool kStream, class T, class Lanes>
+LLMCORE_INLINE void store_output(T* p, vf x, Lanes lanes) {
+    if constexpr (kStream && std::is_same_v<Lanes, Whole>) {
+        stream(p, x);
+    } else {
+        store(p, x, lanes);
+    }
+}
+
+// f(std::bool_constant<streaming>{})
+template <class F>
+LLMCORE_INLINE void with_streaming(bool streaming, const F& f) {
+    if (streaming) return f(std::true_type{});
+    f(std::false_type{});
+}
+
+// parallel_for, in which each thread's streamed stores come before whatever follows
+template <bool kStream, class F>
+LLMCORE_INLINE void parallel_stream(int64_t n, int64_t grain, const F& f) {
+    parallel_for(n, grain, [&](int64_t begin, int64_t end) {
+        f(begin, end);
+#if defined(__x86_64__)
+        if constexpr (kStream) _mm_sfence();
+#endif
+    });
 }
 
 // f(i, lanes) for the vectors of [0, n)

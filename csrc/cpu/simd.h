@@ -5,7 +5,7 @@
 //   bf16_t, fp16_t   elements in memory; arithmetic is always on floats
 //   load, store      convert from and to float, bf16, fp16 (round to nearest even, a NaN stays a NaN); with a count n <= VL
 //                    they touch the first n elements only, and load fills the rest with zeros
-//   exp              e^x to about 1 ulp over the whole range, subnormal results included; exp_fast for a softmax
+//   exp              e^x to about 1 ulp over the whole range, subnormal results included; exp2_fast for a softmax
 //
 // The translation units of several levels are linked together, so everything here has internal linkage and is inlined: a shared
 // inline function could be emitted with AVX-512 instructions and then be the one that every level calls.
@@ -318,22 +318,25 @@ LLMCORE_INLINE vf exp(vf x) {
 LLMCORE_INLINE float exp(float x) { return exp(broadcast(x))[0]; }
 
 // 2^x for x < 128, as in a softmax whose maximum is subtracted; 0 where the result would be subnormal. A NaN stays a NaN.
-LLMCORE_INLINE vf exp2_fast(vf x) {
-    const vf clamped = max(broadcast(-127.0f), x);
-    const vf biased = round_magic + 127.0f + clamped;  // its low bits are the result's exponent field
-    const vf r = clamped - (biased - (round_magic + 127.0f));
-    vf p = broadcast(1.55946782e-4f);
-    p = fmadd(p, r, broadcast(1.34066439e-3f));
-    p = fmadd(p, r, broadcast(9.61769297e-3f));
-    p = fmadd(p, r, broadcast(5.55031055e-2f));
-    p = fmadd(p, r, broadcast(2.40226528e-1f));
-    p = fmadd(p, r, broadcast(6.93147215e-1f));
-    p = fmadd(p, r, broadcast(1.0f));
-    return p * (vf)((vi)biased << 23);
+// Several vectors go through each step together: one alone would wait for its own results.
+template <int N>
+LLMCORE_INLINE void exp2_fast(vf (&x)[N]) {
+    constexpr float coefficients[] = {1.34066439e-3f, 9.61769297e-3f, 5.55031055e-2f, 2.40226528e-1f, 6.93147215e-1f, 1.0f};
+    vf power[N], p[N];
+    for (int i = 0; i < N; ++i) x[i] = max(broadcast(-127.0f), x[i]);
+    for (int i = 0; i < N; ++i) power[i] = x[i] + (round_magic + 127.0f);  // its low bits are the result's exponent field
+    for (int i = 0; i < N; ++i) x[i] -= power[i] - (round_magic + 127.0f);
+    for (int i = 0; i < N; ++i) p[i] = broadcast(1.55946782e-4f);
+    for (float c : coefficients)
+        for (int i = 0; i < N; ++i) p[i] = fmadd(p[i], x[i], broadcast(c));
+    for (int i = 0; i < N; ++i) x[i] = p[i] * (vf)((vi)power[i] << 23);
 }
 
-// e^x in the same way: for x < 88; the relative error grows by about |x| / 2^24
-LLMCORE_INLINE vf exp_fast(vf x) { return exp2_fast(x * 1.44269504f); }
+LLMCORE_INLINE vf exp2_fast(vf x) {
+    vf xs[1] = {x};
+    exp2_fast(xs);
+    return xs[0];
+}
 
 // ---- shuffles ---------------------------------------------------------------------------------------------------------------
 

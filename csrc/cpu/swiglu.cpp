@@ -30,11 +30,11 @@ LLMCORE_INLINE vf exp_normal(vf x) {
 }
 
 // f(row, first column, number of columns)
-template <class F>
+template <bool kStream, class F>
 LLMCORE_INLINE void for_row_parts(int64_t rows, int64_t cols, const F& f) {
     if (cols == 0) return;
     const int64_t block = cols < kBlock ? cols : kBlock, per_row = (cols + block - 1) / block;
-    parallel_for(rows * per_row, kGrain / block, [&](int64_t begin, int64_t end) {
+    parallel_stream<kStream>(rows * per_row, kGrain / block, [&](int64_t begin, int64_t end) {
         while (begin < end) {
             const int64_t row = begin / per_row, row_end = (row + 1) * per_row, stop = end < row_end ? end : row_end;
             const int64_t first = (begin - row * per_row) * block;
@@ -45,23 +45,23 @@ LLMCORE_INLINE void for_row_parts(int64_t rows, int64_t cols, const F& f) {
     });
 }
 
-template <class T>
+template <bool kStream, class T>
 void fwd(const T* gate, const T* up, T* y, int64_t rows, int64_t cols, int64_t gate_row_stride, int64_t up_row_stride) {
-    for_row_parts(rows, cols, [&](int64_t row, int64_t first, int64_t count) {
+    for_row_parts<kStream>(rows, cols, [&](int64_t row, int64_t first, int64_t count) {
         const T* const g_row = gate + row * gate_row_stride + first;
         const T* const u_row = up + row * up_row_stride + first;
         T* const y_row = y + row * cols + first;
         for_vectors(count, [&](int64_t i, auto lanes) {
             const vf g = load(g_row + i, lanes), u = load(u_row + i, lanes);
-            store(y_row + i, g / (1.0f + exp_normal(min(broadcast(overflow), -g))) * u, lanes);
+            store_output<kStream>(y_row + i, g / (1.0f + exp_normal(min(broadcast(overflow), -g))) * u, lanes);
         });
     });
 }
 
-template <class T>
+template <bool kStream, class T>
 void bwd(const T* dy, const T* gate, const T* up, T* dgate, T* dup, int64_t rows, int64_t cols, int64_t dy_row_stride,
          int64_t gate_row_stride, int64_t up_row_stride) {
-    for_row_parts(rows, cols, [&](int64_t row, int64_t first, int64_t count) {
+    for_row_parts<kStream>(rows, cols, [&](int64_t row, int64_t first, int64_t count) {
         const T* const d_row = dy + row * dy_row_stride + first;
         const T* const g_row = gate + row * gate_row_stride + first;
         const T* const u_row = up + row * up_row_stride + first;
@@ -73,8 +73,8 @@ void bwd(const T* dy, const T* gate, const T* up, T* dgate, T* dup, int64_t rows
             const vf x = select(negative, g, -g), e = select(x < -126.0f * ln2, zero(), exp_normal(x));
             const vf large = 1.0f / (1.0f + e), small = e * large;
             const vf sigmoid = select(negative, small, large), rest = select(negative, large, small), silu = g * sigmoid;
-            store(dup_row + i, d * silu, lanes);
-            store(dgate_row + i, d * (sigmoid + silu * rest) * u, lanes);
+            store_output<kStream>(dup_row + i, d * silu, lanes);
+            store_output<kStream>(dgate_row + i, d * (sigmoid + silu * rest) * u, lanes);
         });
     });
 }
@@ -89,8 +89,11 @@ void swiglu_fwd(const void* gate, const void* up, void* y, int64_t rows, int64_t
     }
     visit(dtype, [&](auto element) {
         using T = decltype(element);
-        fwd(static_cast<const T*>(gate), static_cast<const T*>(up), static_cast<T*>(y), rows, cols, gate_row_stride,
-            up_row_stride);
+        T* const y_ = static_cast<T*>(y);
+        with_streaming(worth_streaming(y_, rows * cols, cols), [&](auto streaming) {
+            fwd<streaming()>(static_cast<const T*>(gate), static_cast<const T*>(up), y_, rows, cols, gate_row_stride,
+                             up_row_stride);
+        });
     });
 }
 
@@ -102,8 +105,12 @@ void swiglu_bwd(const void* dy, const void* gate, const void* up, void* dgate, v
     }
     visit(dtype, [&](auto element) {
         using T = decltype(element);
-        bwd(static_cast<const T*>(dy), static_cast<const T*>(gate), static_cast<const T*>(up), static_cast<T*>(dgate),
-            static_cast<T*>(dup), rows, cols, dy_row_stride, gate_row_stride, up_row_stride);
+        T *const dgate_ = static_cast<T*>(dgate), *const dup_ = static_cast<T*>(dup);
+        const bool worth = worth_streaming(dgate_, rows * cols, cols) && worth_streaming(dup_, rows * cols, cols);
+        with_streaming(worth, [&](auto streaming) {
+            bwd<streaming()>(static_cast<const T*>(dy), static_cast<const T*>(gate), static_cast<const T*>(up), dgate_,
+                             dup_, rows, cols, dy_row_stride, gate_row_stride, up_row_stride);
+        });
     });
 }
 

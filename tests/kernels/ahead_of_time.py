@@ -2,23 +2,23 @@
 
 A driver that only compiles takes the place of the real one, and every launch stops after compilation. So a compile case is an
 ordinary call of a launch function on CPU tensors, and what is compiled is exactly what that call would run on the GPU:
-same configuration, same specialisation on strides and alignment.
-
-Run as a program it compiles the cases of one architecture and prints one JSON list, since one process cannot both interpret
-and compile: python ahead_of_time.py 90 [--all]
+the same configuration, the same specialisation on strides and alignment. For a process of its own: it never restores the driver.
 """
 
+import ast
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
+
+MULTIPROCESSORS = 132
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Compiled:
     num_warps: int
     wgmma: int
     mma_sync: int
-    tma_loads: int
+    bulk_copies: int
     async_copies: int
 
 
-class CompileOnlyDriver:
+class _CompileOnlyDriver:
     def __init__(self, capability: int) -> None:
         self.capability = capability
 
@@ -43,7 +43,7 @@ class CompileOnlyDriver:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return self.capability
+        return 0
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -55,10 +55,11 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        listing = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        command = [cuobjdump, "-res-usage", file.name]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", listing)
     if found is None:
-        raise RuntimeError(f"cuobjdump -res-usage printed no register count but {listing!r}.")
+        raise RuntimeError(f"cuobjdump -res-usage printed no register count, but {listing!r}.")
     return int(found[1]), int(found[2])
 
 
@@ -74,32 +75,54 @@ def _describe(case: str, kernel) -> Compiled:
         num_warps=kernel.metadata.num_warps,
         wgmma=ptx.count("wgmma.mma_async"),
         mma_sync=ptx.count("mma.sync"),
-        tma_loads=ptx.count("cp.async.bulk.tensor"),
+        bulk_copies=ptx.count("cp.async.bulk.tensor"),
         async_copies=ptx.count("cp.async.cg") + ptx.count("cp.async.ca"),
     )
 
 
-@contextmanager
-def compiling(capability: int, device_module) -> Iterator[Callable[[str, Callable[[], object]], list[Compiled]]]:
-    """Yields compile_case(name, launch) -> what the launch compiled; device_module is llmcore.kernels.device."""
-    launched: list = []
+def compile_launches(
+    capability: int, device: ModuleType, cases: Iterable[tuple[str, Callable[[], object]]]
+) -> tuple[list[Compiled], set[JITFunction]]:
+    """What every (name, launch) compiles for a capability like 90, and the kernels that were launched.
+
+    device: the module kernels/device.py, which is made to report that capability.
+    """
+    launched: list[tuple[JITFunction, object]] = []
     run = JITFunction.run
-    saved = device_module.capability, device_module.multiprocessors
 
     def compile_only(self, *args, grid, warmup, **kwargs):
-        launched.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+        launched.append((self, run(self, *args, grid=grid, warmup=True, **kwargs)))
 
-    def compile_case(name: str, launch: Callable[[], object]) -> list[Compiled]:
+    triton.runtime.driver.set_active(_CompileOnlyDriver(capability))
+    JITFunction.run = compile_only
+    device.capability = lambda _: capability
+    device.multiprocessors = lambda _: MULTIPROCESSORS
+    compiled = []
+    kernels = set()
+    for name, launch in cases:
         launched.clear()
         launch()
-        return [_describe(name, kernel) for kernel in launched]
+        compiled += [_describe(name, kernel) for _, kernel in launched]
+        kernels |= {function for function, _ in launched}
+    return compiled, kernels
 
-    triton.runtime.driver.set_active(CompileOnlyDriver(capability))
-    JITFunction.run = compile_only
-    device_module.capability = lambda device: capability
-    device_module.multiprocessors = lambda device: 132
-    try:
-        yield compile_case
-    finally:
-        JITFunction.run = run
-        device_module.capability, device_module.multiprocessors = saved
+
+def _uses(function: JITFunction) -> Iterator[JITFunction]:
+    """The function and every device function it calls."""
+    yield function
+    for node in ast.walk(ast.parse(function.src)):
+        used = function.__globals__.get(node.id) if isinstance(node, ast.Name) else None
+        if isinstance(used, JITFunction) and used is not function:
+            yield from _uses(used)
+
+
+def never_compiled(modules: Iterable[ModuleType], kernels: Iterable[JITFunction]) -> list[str]:
+    """The @triton.jit functions of the modules that are none of the kernels and used by none."""
+    defined = {
+        value
+        for module in modules
+        for value in vars(module).values()
+        if isinstance(value, JITFunction) and value.__module__ == module.__name__
+    }
+    compiled = {used for kernel in kernels for used in _uses(kernel)}
+    return sorted(f"{function.__module__}.{function.__name__}" for function in defined - compiled)

@@ -1,0 +1,109 @@
+"""The launches whose kernels must compile for every architecture.
+
+python compile_cases.py 90 [--all] compiles them for one compute capability and prints JSON: what each launch compiled, and the
+kernels that no launch reaches. --all adds every entry of the tables of configurations.
+"""
+
+import dataclasses
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from ahead_of_time import compile_launches, never_compiled  # noqa: E402
+
+from llmcore.kernels import apply_rotary, attention, device, rms_norm, swiglu  # noqa: E402
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+Case = tuple[str, Callable[[], object]]
+
+
+def _attention(dtype, D, DV, window, by_pointer, precision):
+    torch.set_float32_matmul_precision(precision)
+    B, T, H, K = 2, 256, 4, 2
+    q, k, v = (torch.empty(B, T, *shape, dtype=dtype) for shape in ((H, D), (K, D), (K, DV)))
+    out, lse = torch.empty(B, T, H, DV, dtype=dtype), torch.empty(B, H, T)
+    if by_pointer:
+        v = v[:1].expand(B, T, K, DV)
+    attention.attention_fwd(q, k, v, 0.1, *window)
+    attention.attention_bwd(out, lse, q, k, v, out, lse, 0.1, *window)
+
+
+def _attention_cases(everything: bool) -> Iterator[Case]:
+    full, causal, sliding = (-1, -1), (-1, 0), (100, 0)
+    chosen = [
+        ("bf16", 64, 64, causal, False), ("bf16", 128, 128, causal, False), ("bf16", 128, 128, full, False),
+        ("bf16", 256, 256, causal, False), ("bf16", 80, 80, full, False), ("bf16", 128, 128, causal, True),
+        ("fp16", 128, 128, causal, False), ("fp32", 64, 64, causal, False),
+    ]  # fmt: skip
+    if everything:
+        sizes = [(8, 8), (32, 32), (64, 64), (80, 80), (128, 128), (192, 128), (256, 256)]
+        chosen += [
+            ("bf16", *size, window, by_pointer)
+            for size in sizes
+            for window in (full, causal, sliding)
+            for by_pointer in (False, True)
+        ]
+        chosen += [("fp16", *size, causal, False) for size in sizes]
+        chosen += [(dtype, *size, causal, False) for dtype in ("fp32", "tf32") for size in sizes]
+    for dtype, D, DV, window, by_pointer in dict.fromkeys(chosen):
+        precision = "high" if dtype == "tf32" else "highest"
+        layout = "by_pointer" if by_pointer else "contiguous"
+        mask = {full: "full", causal: "causal", sliding: "sliding"}[window]
+        call = partial(_attention, DTYPES.get(dtype, torch.float32), D, DV, window, by_pointer, precision)
+        yield f"attention {dtype} {D}/{DV} {mask} {layout}", call
+
+
+def _rms_norm(dtype, cols, with_residual):
+    x, weight = torch.empty(8, cols, dtype=dtype), torch.empty(cols, dtype=dtype)
+    residual = x if with_residual else None
+    rms_norm.rms_norm_fwd(x, weight, residual, 1e-6, 0.0)
+    rms_norm.rms_norm_bwd(x, residual, x, weight, torch.empty(8), 0.0, dtype, dtype if with_residual else None, True)
+
+
+def _swiglu(dtype, cols):
+    x = torch.empty(8, 2 * cols, dtype=dtype)
+    swiglu.swiglu_fwd(x[:, :cols], x[:, cols:])
+    swiglu.swiglu_bwd(x[:, :cols], x[:, :cols], x[:, cols:])
+
+
+def _apply_rotary(dtype, D, R, interleaved):
+    q, k, table = torch.empty(2, 8, 32, D, dtype=dtype), torch.empty(2, 8, 8, D, dtype=dtype), torch.empty(8, R // 2)
+    apply_rotary.apply_rotary(q, k, table, table, None, interleaved, False)
+
+
+def _row_cases(everything: bool) -> Iterator[Case]:
+    for name, dtype in DTYPES.items():
+        for cols in (100, 128, 1024, 4096, 8192, 16384, 65536) if everything else (1000, 4096, 65536):
+            for residual in (False, True) if everything else (True,):
+                call = partial(_rms_norm, dtype, cols, residual)
+                yield f"rms_norm {name} {cols} {'with' if residual else 'without'}_residual", call
+        for cols in (11008, 1001) if everything else (11008,):
+            yield f"swiglu {name} {cols}", partial(_swiglu, dtype, cols)
+        for D, R in ((64, 64), (128, 128), (80, 80), (128, 64)) if everything else ((128, 128), (80, 40)):
+            for interleaved in (False, True):
+                call = partial(_apply_rotary, dtype, D, R, interleaved)
+                yield f"apply_rotary {name} {D}/{R} {'interleaved' if interleaved else 'halves'}", call
+
+
+def main(capability: int, everything: bool) -> None:
+    cases = [*_attention_cases(everything), *_row_cases(everything)]
+    compiled, kernels = compile_launches(capability, device, cases)
+    names = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
+    modules = [importlib.import_module(f"llmcore.kernels.{name}") for name in names]
+    report = {
+        "compiled": [dataclasses.asdict(entry) for entry in compiled],
+        "never_compiled": never_compiled(modules, kernels),
+    }
+    json.dump(report, sys.stdout)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), "--all" in sys.argv)
