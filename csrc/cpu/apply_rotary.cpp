@@ -31,7 +31,8 @@ template <bool kStream, class T>
 LLMCORE_INLINE void rotate_pairs(const T* x, T* out, const float* cos2, const float* sin2, int64_t R) {
     for_vectors(R, [&](int64_t i, auto lanes) {
         const vf value = load(x + i, lanes);
-        store_output<kStream>(out + i, value * load(cos2 + i, lanes) + swap_pairs(value) * load(sin2 + i, lanes), lanes);
+        store_output<kStream>(out + i, value * load(cos2 + i, lanes) + swap_pairs(value) * load(sin2 + i, lanes),
+                              lanes);
     });
 }
 

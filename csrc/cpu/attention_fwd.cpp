@@ -59,25 +59,15 @@ struct FwdBlock {
 };
 
 // Softmax of `factor` log 2 times the scores of N vectors of queries, from `column` on, and the tile's keys [begin, end), both
-// multiples of tile_rows; those outside [all_begin, all_end) are not seen by all. Weights of keys outside [begin, end) become 0.
+// multiples of tile_rows. Weights of the tile's other keys become 0.
 template <class M, int N>
-__attribute__((noinline)) void softmax_panel(const FwdBlock<M>& w, float factor, int column, int first, int keys, int begin, int end,
-                                             int all_begin, int all_end) {
+__attribute__((noinline)) void softmax_panel(const FwdBlock<M>& w, float factor, int column, int first, int keys, int begin,
+                                             int end) {
     float* s = w.scores + column;
     typename M::Word* weights = w.weights + column;
     vf largest[N], shift[N], sum[2][N];
     for (int v = 0; v < N; ++v) largest[v] = load(w.m + column + v * VL);
-    const auto mask = [&](int from, int to) {
-        for (int v = 0; v < N; ++v) {
-            const vi lo = load_bits<vi>(w.range->lo + column + v * VL), hi = load_bits<vi>(w.range->hi + column + v * VL);
-            for (int j = from; j < to; ++j) {
-                float* x = s + j * block_rows + v * VL;
-                store(x, select((lo <= first + j) & (hi > first + j), load(x), broadcast(-infinity)));
-            }
-        }
-    };
-    mask(begin, int(least(all_begin, end)));
-    mask(int(most(all_end, begin)), end);
+    mask_scores<N>(*w.range, column, first, begin, end, s);
     for (int j = begin; j < end; ++j)
         for (int v = 0; v < N; ++v) largest[v] = max(load(s + j * block_rows + v * VL), largest[v]);
     for (int v = 0; v < N; ++v) {
@@ -112,15 +102,14 @@ void attend_tile(const Problem& p, const PackedKeys<M>& packed, const FwdBlock<M
     const int64_t k_stride = leading(p.D / M::per_word), v_stride = leading(p.Dv);
     by_twos(vectors(rows), [&](auto count, int vector) {
         constexpr int N = decltype(count)::value;
-        const int column = vector * VL, n = N * VL;
+        const int column = vector * VL;
         const int begin = w.range->begin(column, first, keys) / tile_rows * tile_rows;
-        const int end = round_up(w.range->end(column, n, first, keys), tile_rows);
+        const int end = round_up(w.range->end(column, N * VL, first, keys), tile_rows);
         for (int j = begin; j < end; j += tile_rows) {
             score_tile<M, N>(p.D / M::per_word, packed.k + (first + j) * k_stride, k_stride, w.q + column,
                              w.scores + j * block_rows + column);
         }
-        softmax_panel<M, N>(w, p.scale * log2_e, column, first, round_up(keys, tile_rows), begin, end,
-                            w.range->all_begin(column, n, first, keys), w.range->all_end(column, first, keys));
+        softmax_panel<M, N>(w, p.scale * log2_e, column, first, round_up(keys, tile_rows), begin, end);
     });
     int64_t begin[block_rows / tile_rows], words[block_rows / tile_rows];
     const int tiles = round_up(rows, tile_rows) / tile_rows;
@@ -151,7 +140,9 @@ void attend_block(const Problem& p, const Operand& q, const PackedKeys<M>& packe
         __builtin_prefetch(&lse[p.lse_index(row)], 1);
         for (int64_t d = 0; d < p.Dv; d += int64_t(64 / sizeof(T))) __builtin_prefetch(out + p.output_row(row) * p.Dv + d, 1);
     }
-    int64_t ahead = least(p.rows() - first_row - rows, block_rows);
+    for (int64_t i = least(p.rows() - first_row - rows, block_rows); i > 0; --i, row.next()) {
+        prefetch_row(q.at<T>(row.b, row.t, row.h()), p.D);
+    }
     fill_zero(w.q_rows + rows * q_stride, (columns - rows) * q_stride);
     pack_transposed(w.q_rows, q_stride, columns, p.D / M::per_word, w.q);
     for (int i = 0; i < block_rows; ++i) {
@@ -164,7 +155,6 @@ void attend_block(const Problem& p, const Operand& q, const PackedKeys<M>& packe
 
     const int seen = w.range->hi[rows - 1];
     for (int first = w.range->lo[0] & ~1; first < seen; first += block_keys) {
-        for (int i = 0; i < 12 && ahead > 0; ++i, --ahead, row.next()) prefetch_row(q.at<T>(row.b, row.t, row.h()), p.D);
         attend_tile(p, packed, w, rows, first, int(least(seen - first, block_keys)));
     }
     const float from_shift = float(double(p.scale) / double(p.scale * log2_e));  // undoes the rounding of factor too
@@ -178,7 +168,7 @@ void attend_block(const Problem& p, const Operand& q, const PackedKeys<M>& packe
 // that see most keys first.
 template <class M, class T>
 void attend(const Problem& p, const Operand& q, const Operand& k, const Operand& v, T* out, float* lse) {
-    const int64_t items = p.items(), blocks = (p.rows() + block_rows - 1) / block_rows;
+    const int64_t items = p.items(), blocks = p.blocks();
     const int threads = worth_threads(p) ? max_threads() : 1;
     const bool whole = is_balanced(items, threads);
     const std::size_t packed_bytes = part_size<PackedKeys<M>>(p) * std::size_t(whole ? threads : items);

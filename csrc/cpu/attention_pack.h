@@ -53,6 +53,7 @@ struct Problem {
     int64_t G() const { return H / K; }
     int64_t rows() const { return Tq * G(); }
     int64_t items() const { return B * K; }
+    int64_t blocks() const { return (rows() + block_rows - 1) / block_rows; }
 
     Row row(int64_t item, int64_t r) const { return {item / K, r / G(), item % K * G(), r % G(), G()}; }
     template <class T>
@@ -69,6 +70,11 @@ struct Problem {
     int hi(int64_t t) const {
         const int64_t here = t + Tk - Tq;
         return window_right < 0 || window_right >= Tk - here ? int(Tk) : int(most(here + window_right + 1, 0));
+    }
+    // whether a row of the block sees one of the keys [first, first + keys)
+    bool meets(int64_t block, int first, int keys) const {
+        const int64_t last = least((block + 1) * block_rows, rows()) - 1;
+        return lo(block * block_rows / G()) < first + keys && hi(last / G()) > first;
     }
 };
 
@@ -95,12 +101,27 @@ struct BlockRange {
     // the first and last + 1 key, of the tile's `keys` from `first` on and relative to it, that one of n rows sees
     int begin(int row, int first, int keys) const { return clamp(lo[row] - first, keys); }
     int end(int row, int n, int first, int keys) const { return clamp(hi[row + n - 1] - first, keys); }
-    // the same for the keys that all of them see
-    int all_begin(int row, int n, int first, int keys) const { return clamp(lo[row + n - 1] - first, keys); }
-    int all_end(int row, int first, int keys) const { return clamp(hi[row] - first, keys); }
 
     static int clamp(int x, int keys) { return x < 0 ? 0 : (x > keys ? keys : x); }
 };
+
+// Products q k of N vectors of rows from `column` on and the keys [begin, end), relative to `first`, become -inf where the row does
+// not see the key.
+template <int N>
+LLMCORE_INLINE void mask_scores(const BlockRange& range, int column, int first, int begin, int end, float* scores) {
+    const int seen_begin = range.lo[column + N * VL - 1] - first, seen_end = range.hi[column] - first;  // by all rows
+    const auto mask = [&](int from, int to) {
+        for (int v = 0; v < N; ++v) {
+            const vi lo = load_bits<vi>(range.lo + column + v * VL), hi = load_bits<vi>(range.hi + column + v * VL);
+            for (int j = from; j < to; ++j) {
+                float* x = scores + j * block_rows + v * VL;
+                store(x, select((lo <= first + j) & (hi > first + j), load(x), broadcast(-infinity)));
+            }
+        }
+    };
+    mask(begin, seen_begin < end ? seen_begin : end);
+    mask(seen_end > begin ? seen_end : begin, end);
+}
 
 // ---- memory -----------------------------------------------------------------------------------------------------------------
 

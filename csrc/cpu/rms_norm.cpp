@@ -1,11 +1,12 @@
 // RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467), rows of `cols` elements; the arithmetic is in common/rms_norm.h.
 //
-// A row is read twice, the second time from the cache. Each thread adds up dweight over its rows, and the threads' sums are
-// added in their order: the result depends on the number of threads only.
+// A row is read twice, the second time from the cache. Each thread adds up dweight over its rows, and the threads' sums
+// are added in their order: the result depends on the number of threads only.
+#include "common/rms_norm.h"
+
 #include <stdexcept>
 #include <type_traits>
 
-#include "common/rms_norm.h"
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
 
@@ -87,7 +88,8 @@ void fwd_residual(const X* x, const R* residual, const float* w, X* y, S* s, flo
             const R* const residual_row = residual + row * residual_row_stride;
             S* const s_row = s + row * cols;
             const float sum = sum_vectors(cols, [&](int64_t i, auto lanes) {
-                const vf value = store_rounded(s_row + i, load(x_row + i, lanes) + load(residual_row + i, lanes), lanes);
+                const vf value =
+                    store_rounded(s_row + i, load(x_row + i, lanes) + load(residual_row + i, lanes), lanes);
                 return value * value;
             });
             rstd[row] = rms_norm_rstd(sum, cols, eps);
@@ -96,8 +98,8 @@ void fwd_residual(const X* x, const R* residual, const float* w, X* y, S* s, flo
     });
 }
 
-// A sum over many rows by levels, so that its error grows like the logarithm of their number: 16 rows are added up in level 0,
-// 16 sums of level 0 in level 1, and so on.
+// A sum over many rows by levels, so that its error grows like the logarithm of their number: 16 rows are added up in
+// level 0, 16 sums of level 0 in level 1, and so on.
 class CascadeSum {
   public:
     static constexpr int64_t kLevels = 4, kStep = 16;
@@ -129,7 +131,8 @@ class CascadeSum {
     void add(int64_t level) {
         const float* const from = floats_ + level * cols_;
         float* const to = floats_ + (level + 1) * cols_;
-        for_vectors(cols_, [&](int64_t i, auto lanes) { store(to + i, load(to + i, lanes) + load(from + i, lanes), lanes); });
+        for_vectors(cols_,
+                    [&](int64_t i, auto lanes) { store(to + i, load(to + i, lanes) + load(from + i, lanes), lanes); });
     }
 
     float* floats_;

@@ -1,7 +1,7 @@
 // What the row kernels share: walking a row vector by vector, the element types of a call, scratch memory.
 //
-// A loop body is written once, for `lanes` being Whole (a full vector) or an int (the first lanes of the row's last, partial
-// vector). Internal linkage, for the reason given in simd.h.
+// A loop body is written once, for `lanes` being Whole (a full vector) or an int (the first lanes of the row's last,
+// partial vector). Internal linkage, for the reason given in simd.h.
 #pragma once
 
 #include <cstdlib>
@@ -29,8 +29,8 @@ LLMCORE_INLINE void store(T* p, vf x, Whole) {
     store(p, x);
 }
 
-// Outputs of this size are out of the caches before anyone reads them. Stores that bypass the caches spare the reading of what
-// is overwritten: measured on Zen 3, 1.05 to 1.4 times faster from here on, slower for the next reader below.
+// Outputs of this size are out of the caches before anyone reads them. Stores that bypass the caches spare the reading
+// of what is overwritten: measured on Zen 3, 1.05 to 1.4 times faster from here on, slower for the next reader below.
 constexpr int64_t kStreamBytes = int64_t(32) << 20;
 
 // Whether to stream an output of `count` elements that is written in contiguous pieces of `piece`.
@@ -101,8 +101,8 @@ LLMCORE_INLINE void for_vectors(int64_t n, const F& f) {
     if (i < n) f(i, int(n - i));
 }
 
-// the sum of all lanes of f(i, lanes) over the vectors of [0, n). Four chains, since one would wait for its additions; they
-// are short and their sums are added up, so that the error stays small in long rows.
+// the sum of all lanes of f(i, lanes) over the vectors of [0, n). Four chains, since one would wait for its additions;
+// they are short and their sums are added up, so that the error stays small in long rows.
 template <class F>
 LLMCORE_INLINE float sum_vectors(int64_t n, const F& f) {
     constexpr int64_t kChain = 32 * 4 * VL;

@@ -2,8 +2,8 @@
 //
 //   dup = dy silu(g),  dgate = dy u sigmoid(g) (1 + g (1 - sigmoid(g)))
 //
-// The forward's sigmoid(g) = 1 / (1 + e^-g) is exactly 0 where e^-g overflows; the backward takes sigmoid(g) and sigmoid(-g)
-// from e^-|g|, so that nothing cancels. No product is inf * 0 for any finite g.
+// The forward's sigmoid(g) = 1 / (1 + e^-g) is exactly 0 where e^-g overflows; the backward takes sigmoid(g) and
+// sigmoid(-g) from e^-|g|, so that nothing cancels. No product is inf * 0 for any finite g.
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
 
@@ -16,8 +16,9 @@ constexpr int64_t kBlock = 1024;
 constexpr float ln2 = 0.693147182f;
 constexpr float overflow = 128.0f * ln2;
 
-// e^x for x <= overflow, to about 1 ulp, in fewer and less dependent steps than exp. At overflow it is infinity, because r is
-// exactly 0; below -126 ln2 it is some number between 0 and 2^-125. ln2 is one float: r's error is n * 2e-9.
+// e^x for x <= overflow, to about 1 ulp, in fewer and less dependent steps than exp. At overflow it is infinity,
+// because r is exactly 0; below -126 ln2 it is some number between 0 and 2^-125. ln2 is one float: r's error is n *
+// 2e-9.
 LLMCORE_INLINE vf exp_normal(vf x) {
     x = max(broadcast(-126.0f * ln2), x);
     const vf shifted = fmadd(x, broadcast(1.44269504f), broadcast(round_magic)), n = shifted - round_magic;
@@ -72,7 +73,8 @@ void bwd(const T* dy, const T* gate, const T* up, T* dgate, T* dup, int64_t rows
             const vi negative = g < 0.0f;
             const vf x = select(negative, g, -g), e = select(x < -126.0f * ln2, zero(), exp_normal(x));
             const vf large = 1.0f / (1.0f + e), small = e * large;
-            const vf sigmoid = select(negative, small, large), rest = select(negative, large, small), silu = g * sigmoid;
+            const vf sigmoid = select(negative, small, large), rest = select(negative, large, small),
+                     silu = g * sigmoid;
             store_output<kStream>(dup_row + i, d * silu, lanes);
             store_output<kStream>(dgate_row + i, d * (sigmoid + silu * rest) * u, lanes);
         });
