@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llmcore import ops
-from llmcore.testing import assert_accurate, poisoned, verify
+from llmcore.testing import assert_accurate, compare, poisoned, verify
 
 
 def inputs(dtype=torch.float32):
@@ -83,3 +83,17 @@ def test_poisoned_memory_is_nan():
         assert bool(torch.empty(3).isnan().all()) and bool(torch.ones(2).new_empty(3).isnan().all())
         assert bool(torch.empty_like(torch.ones(3)).isnan().all())
     assert torch.empty(3).fill_(1).sum() == 3
+
+
+def test_overflow_of_plain_pytorch_excuses_nothing():
+    exact = torch.tensor([60000.0, 1.0], dtype=torch.float64)
+    plain = torch.tensor([float("inf"), 1.0], dtype=torch.float16)
+    assert not compare("y", torch.tensor([float("nan"), 1.0]).half(), plain, exact, 1.0).ok
+    assert compare("y", exact.half(), plain, exact, 1.0).ok
+
+
+def test_a_large_gradient_does_not_excuse_a_wrong_output():
+    generator = torch.Generator().manual_seed(0)
+    many = {"x": torch.randn(4096, 64, generator=generator).requires_grad_(), "weight": torch.ones(64).requires_grad_()}
+    off = lambda x, weight: ops.rms_norm.reference(x, weight) + 3e-5  # noqa: E731
+    assert not verify(off, ops.rms_norm.reference, many)[0].ok

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import sys
 from typing import Any
 
 import torch
@@ -45,10 +46,12 @@ def diagnose() -> Report:
                 cells[backend] = "yes" if reason is None else reason
                 if reason is None and backend in op.opt_in:
                     cells[backend] = f"on request: {op.opt_in[backend]}"
+            interpreted = os.environ.get("TRITON_INTERPRET") == "1"
             order = [b for b in PREFERENCE[device] if b in op.kernels or b == "torch"]
-            if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-                order.remove("triton")
+            order = [b for b in order if b != "triton" or device == "cuda" or interpreted]
             chosen = forced or next(b for b in order if cells[b] == "yes")
+            if forced and missing(name, forced, device) is not None:
+                chosen = "nothing"
             better = order[: order.index(chosen)] if chosen in order else []
             rows.append({
                 "op": name, "device": device, "runs on": chosen, "backends": cells,
@@ -72,12 +75,15 @@ def diagnose() -> Report:
 def run(options: argparse.Namespace) -> int:
     forced = os.environ.get("LLMCORE_BACKEND")
     if forced and forced not in BACKENDS:
-        print(f"LLMCORE_BACKEND is {forced!r}, which is not a backend; allowed: {', '.join(BACKENDS)}.")
+        print(
+            f"LLMCORE_BACKEND is {forced!r}, which is not a backend; allowed: {', '.join(BACKENDS)}.", file=sys.stderr
+        )
         return 2
     report = diagnose()
+    code = 1 if any(row["runs on"] == "nothing" for row in report["ops"]) else 0
     if options.json:
         print(json.dumps(report, indent=2))
-        return 0
+        return code
     for key in (
         "llmcore",
         "python",
@@ -105,4 +111,4 @@ def run(options: argparse.Namespace) -> int:
         print("\nWhy not:")
         for note in notes:
             print(f"  {note}")
-    return 0
+    return code

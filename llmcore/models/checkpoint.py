@@ -64,7 +64,8 @@ def load(path: str | os.PathLike[str]) -> Decoder:
             raise ValueError(f"load: {folder / WEIGHTS} lacks {name}, which its config.json asks for.")
         if tuple(state[name].shape) != shape:
             raise ValueError(
-                f"load: {name} in {folder / WEIGHTS} has shape {tuple(state[name].shape)}; config.json asks for {shape}."
+                f"load: {name} in {folder / WEIGHTS} has shape {tuple(state[name].shape)}; "
+                f"config.json asks for {shape}."
             )
     for name in state:
         if name not in expected:

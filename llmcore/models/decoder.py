@@ -13,10 +13,15 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from llmcore.models.config import ModelConfig
 from llmcore.models.generation import generate_tokens
 from llmcore.nn import Attention, KVCache, RMSNorm, RotaryEmbedding, SwiGLU
+
+
+def _outside(tokens: Tensor, vocab_size: int) -> int:
+    return int(tokens[(tokens < 0) | (tokens >= vocab_size)][0])
 
 
 @dataclass
@@ -132,7 +137,9 @@ class Decoder(nn.Module):
         logits = self.lm_head(x)
         if targets is None:
             return DecoderOutput(logits=logits)
-        loss = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten().long(), ignore_index=-100)
+        targets = targets.flatten().long()
+        total = F.cross_entropy(logits.flatten(0, -2).float(), targets, ignore_index=-100, reduction="sum")
+        loss = total / (targets != -100).sum().clamp(min=1)
         return DecoderOutput(loss=loss)
 
     def _check(
@@ -140,11 +147,24 @@ class Decoder(nn.Module):
     ) -> None:
         if cu_seqlens is not None:
             raise NotImplementedError("Decoder: cu_seqlens (packed documents) is not supported yet; allowed: None.")
+        for name, tokens in (("input_ids", input_ids), ("targets", targets)):
+            if not isinstance(tokens, Tensor) and not (tokens is None and name == "targets"):
+                raise TypeError(f"Decoder: {name} must be a tensor, but a {type(tokens).__name__} was given.")
         if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 f"Decoder: input_ids must be (B, T) of int64 or int32, "
                 f"but it is {tuple(input_ids.shape)} of {str(input_ids.dtype).removeprefix('torch.')}."
             )
+        if targets is not None and targets.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"Decoder: targets must be int64 or int32, but they are {targets.dtype}.")
+        V = self.config.vocab_size
+        for name, tokens in (("input_ids", input_ids), ("targets", targets)):
+            if tokens is not None and tokens.device.type == "cpu" and tokens.numel() and not is_compiling():
+                seen = tokens if name == "input_ids" else tokens[tokens != -100]
+                if seen.numel() and (seen.amin() < 0 or seen.amax() >= V):
+                    raise ValueError(
+                        f"Decoder: {name} holds {_outside(seen, V)}; allowed: 0 to {V - 1}, the vocabulary."
+                    )
         if targets is not None and targets.shape != input_ids.shape:
             raise ValueError(
                 f"Decoder: targets must have input_ids' shape {tuple(input_ids.shape)}, "

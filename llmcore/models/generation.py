@@ -30,7 +30,9 @@ def _forbid_repeated_ngrams(logits_BV: Tensor, tokens_BT: Tensor, n: int) -> Ten
     banned_BV = torch.zeros_like(logits_BV).scatter_reduce(
         1, windows_BWn[..., -1], matches_BW.to(logits_BV.dtype), "amax"
     )
-    return logits_BV.masked_fill(banned_BV > 0, -torch.inf)
+    # A row whose every token is forbidden is left as it is.
+    forbidden_BV = (banned_BV > 0) & ~(banned_BV > 0).all(-1, keepdim=True)
+    return logits_BV.masked_fill(forbidden_BV, -torch.inf)
 
 
 def _sample(logits_BV: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
@@ -52,6 +54,19 @@ def _sample(logits_BV: Tensor, temperature: float, top_k: int | None, top_p: flo
 def _check_sampling(
     max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, penalty: float, ngram: int
 ) -> None:
+    for name, given, kinds in (
+        ("max_new_tokens", max_new_tokens, int),
+        ("temperature", temperature, (int, float)),
+        ("top_k", top_k, (int, type(None))),
+        ("top_p", top_p, (int, float, type(None))),
+        ("repetition_penalty", penalty, (int, float)),
+        ("no_repeat_ngram_size", ngram, int),
+    ):
+        if isinstance(given, bool) or not isinstance(given, kinds):
+            kind = "whole number" if kinds is int or name == "top_k" else "number"
+            raise TypeError(
+                f"generate: {name} is {given!r}; allowed: a {kind}{' or None' if name[:3] == 'top' else ''}."
+            )
     for ok, name, given, allowed in (
         (max_new_tokens >= 0, "max_new_tokens", max_new_tokens, "0 and above"),
         (temperature >= 0, "temperature", temperature, "0 (greedy) and above"),

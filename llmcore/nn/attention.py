@@ -25,6 +25,17 @@ class Attention(nn.Module):
         layer: int = 0,
     ) -> None:
         super().__init__()
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_heads < 1 or kv_heads < 1 or num_heads % kv_heads:
+            raise ValueError(
+                f"Attention: num_heads is {num_heads} and num_kv_heads is {num_kv_heads}; "
+                "allowed: whole numbers from 1, the first a multiple of the second."
+            )
+        if head_dim is None and hidden_size % num_heads:
+            raise ValueError(
+                f"Attention: hidden_size = {hidden_size} is not a multiple of num_heads = {num_heads}; "
+                "change one of them or give head_dim."
+            )
         self.num_heads = num_heads
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.head_dim = hidden_size // num_heads if head_dim is None else head_dim

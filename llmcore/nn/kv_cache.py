@@ -32,6 +32,10 @@ class KVCache:
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes k, v (B, T_new, K, D) behind what `layer` holds; returns all it holds, (B, length + T_new, K, D)."""
+        if k.shape[0] != self.k_LBTKD.shape[1]:
+            raise ValueError(f"KVCache: a batch of {k.shape[0]} was given; it was made for {self.k_LBTKD.shape[1]}.")
+        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+            raise RuntimeError("KVCache: what it holds cannot be differentiated; call the model under torch.no_grad().")
         end = self.length + k.shape[1]
         if end > self.k_LBTKD.shape[2]:
             raise ValueError(f"KVCache: {end} tokens do not fit; it was made for {self.k_LBTKD.shape[2]}.")

@@ -1,5 +1,7 @@
 """RotaryEmbedding: the tables of cosines and sines, and their application by `ops.apply_rotary`."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -47,6 +49,14 @@ class RotaryEmbedding(nn.Module):
         angle = position[:, None] * frequency
         self.register_buffer("cos", angle.cos().float(), persistent=False)
         self.register_buffer("sin", angle.sin().float(), persistent=False)
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> "RotaryEmbedding":
+        """The tables follow the module to another device, but stay float32 when it is cast to another dtype."""
+        cos, sin = self.cos, self.sin
+        super()._apply(fn, recurse)
+        if self.cos.dtype != torch.float32:
+            self.cos, self.sin = cos.to(self.cos.device), sin.to(self.sin.device)
+        return self
 
     def forward(self, q: Tensor, k: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """q: (B, T, H, D), k: (B, T, K, D), positions: (B, T) or (T,), None means 0 .. T-1 -> (q, k) rotated."""

@@ -29,6 +29,11 @@ def rank(op: str, name: str, tensor: Tensor, dims: str, count: int) -> None:
         raise ValueError(f"{op}: {name} must be {dims}, but its shape is {tuple(tensor.shape)}.")
 
 
+def number(op: str, name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{op}: {name} is {value!r}; allowed: a number.")
+
+
 def shape(op: str, name: str, tensor: Tensor, dims: str, expected: Sequence[int]) -> None:
     if tuple(tensor.shape) != tuple(expected):
         raise ValueError(f"{op}: {name} must be {dims} = {tuple(expected)}, but its shape is {tuple(tensor.shape)}.")

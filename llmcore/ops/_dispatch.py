@@ -57,7 +57,8 @@ def backend(name: str) -> Iterator[None]:
     """Forces every op called inside the block, in this thread, to `name`: "triton", "cuda", "cpu" or "torch".
 
     An op that has no such kernel, or cannot run it here, raises RuntimeError and says what is missing. The environment
-    variable LLMCORE_BACKEND does the same for a process; the block wins over it.
+    variable LLMCORE_BACKEND does the same for a process; the block wins over it. A backward uses its forward's backend,
+    but activation checkpointing runs forwards again, outside the block if the backward is: use LLMCORE_BACKEND there.
     """
     _check_name(name, "backend(...)")
     before = _forced.name
@@ -138,6 +139,8 @@ def resolve(name: str, tensor: torch.Tensor) -> str:
 
     float64 is the reference's own dtype: it runs on the torch backend unless another is forced, which is an error.
     """
+    if tensor.is_meta:
+        return "torch"
     forced = _forced.name or _process_backend
     if tensor.dtype == torch.float64 and forced != "torch":
         if forced is not None:

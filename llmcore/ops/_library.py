@@ -10,17 +10,23 @@ from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 P = ParamSpec("P")
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 
-_below_autograd = torch._C._AutoDispatchBelowAutograd
+# Below view tracking as well: implementations return views of what they allocate, and callers may write into results.
+_below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
 _namespace: Any = torch.ops.llmcore
 # A second import finds the first one's registrations alive and goes on using them.
 if not hasattr(_namespace, "_library"):
     _namespace._library = torch.library.Library("llmcore", "FRAGMENT")
 _library: torch.library.Library = _namespace._library
+
+
+def _has_tangent(value: Any) -> bool:
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
 def operator(schema: str, impl: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -64,6 +70,8 @@ def differentiable(op: Any, save: Callable[..., None], backward: Callable[..., A
     Function.__name__ = Function.__qualname__ = name
 
     def autograd_kernel(*args: Any) -> Any:
+        if forward_ad._current_level >= 0 and any(_has_tangent(a) for a in args):
+            raise RuntimeError(f"{name} has no forward-mode derivative; use llmcore.ops.{name}.reference.")
         if torch.is_grad_enabled():
             for a in args:
                 if isinstance(a, Tensor) and a.requires_grad:

@@ -75,7 +75,7 @@ def reference(
 
 def _not_yet(window_size: tuple[int, int], softcap: float, sinks: Tensor | None, dropout_p: float) -> None:
     for name, given, neutral in (
-        ("window_size", tuple(window_size), (-1, -1)),
+        ("window_size", tuple(window_size) if isinstance(window_size, list) else window_size, (-1, -1)),
         ("softcap", softcap, 0.0),
         ("sinks", sinks, None),
         ("dropout_p", dropout_p, 0.0),
@@ -141,6 +141,7 @@ def attention(
         if size < 16 or size > 256 or size % 8:
             raise ValueError(f"attention: the head size of {name} is {size}; allowed: 16 to 256 in steps of 8.")
     scale = D**-0.5 if softmax_scale is None else softmax_scale
+    _checks.number("attention", "softmax_scale", scale)
     out, lse = _attention(q, k, v, scale, -1, 0 if causal else -1, resolve("attention", q))
     return (out, lse) if return_lse else out
 

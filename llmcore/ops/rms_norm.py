@@ -83,6 +83,14 @@ def rms_norm(
         _checks.floating("rms_norm", "residual", residual)
         _checks.shape("rms_norm", "residual", residual, "x's shape", x.shape)
         _checks.like("rms_norm", "residual", residual, "x", x, dtype=False)
+    for name, other in (("weight", weight), ("residual", residual)):
+        if other is not None and other.dtype == torch.float64 and x.dtype != torch.float64:
+            raise TypeError(
+                f"rms_norm: {name} has dtype float64, but x has {_checks.name_of(x.dtype)}; "
+                f"float64 is allowed only with a float64 x."
+            )
+    _checks.number("rms_norm", "eps", eps)
+    _checks.number("rms_norm", "weight_offset", weight_offset)
     y, s, _ = _rms_norm(x, weight, residual, eps, weight_offset, resolve("rms_norm", x))
     return y if residual is None else (y, s)
 

@@ -38,3 +38,9 @@ def test_forced_backend():
 def test_unknown_command():
     result = subprocess.run([sys.executable, "-m", "llmcore.cli", "docter"], capture_output=True, text=True)
     assert result.returncode == 2 and "doctor" in result.stderr
+
+
+def test_a_forced_backend_that_cannot_run():
+    result = doctor("--json", LLMCORE_BACKEND="cuda")
+    rows = [row for row in json.loads(result.stdout)["ops"] if row["device"] == "cpu"]
+    assert {row["runs on"] for row in rows} == {"nothing"} and result.returncode == 1

@@ -50,6 +50,12 @@ def test_loss_or_logits(model, tokens):
     torch.testing.assert_close(out.loss, expected)
 
 
+def test_no_target_gives_zero_loss_and_gradients(model, tokens):
+    loss = model(tokens, torch.full_like(tokens, -100)).loss
+    loss.backward()
+    assert loss.item() == 0 and all(bool((p.grad == 0).all()) for p in model.parameters())
+
+
 def test_causal(model, tokens):
     changed = tokens.clone()
     changed[:, 30:] = 0
@@ -81,6 +87,10 @@ def test_tied_embeddings(tokens):
     [
         (lambda m, t: m(t[0]), ValueError, "input_ids must be (B, T) of int64 or int32, but it is (40,) of int64"),
         (lambda m, t: m(t.float()), ValueError, "but it is (2, 40) of float32"),
+        (lambda m, t: m(t + 256), ValueError, "allowed: 0 to 255, the vocabulary"),
+        (lambda m, t: m(t, t - 300), ValueError, "targets holds"),
+        (lambda m, t: m(t, t.float()), ValueError, "targets must be int64 or int32, but they are torch.float32"),
+        (lambda m, t: m([1, 2]), TypeError, "input_ids must be a tensor, but a list was given"),
         (lambda m, t: m(t, t[:, 1:]), ValueError, "targets must have input_ids' shape (2, 40), but it is (2, 39)"),
         (lambda m, t: m(torch.zeros(1, 1025, dtype=torch.long)), ValueError, "1025 tokens were given; allowed: max_position_embeddings = 1024"),
         (lambda m, t: m(t, cu_seqlens=torch.tensor([0, 40])), NotImplementedError, "cu_seqlens (packed documents) is not supported yet"),

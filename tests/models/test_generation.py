@@ -23,8 +23,17 @@ def test_greedy_with_the_cache_equals_the_whole_sequence_again(model):
 
 def test_cache_in_chunks(model):
     cache = model.new_cache(3, 7)
+    with pytest.raises(RuntimeError, match="cannot be differentiated"):
+        model(PROMPT[:, :4], cache=cache)
+    with torch.no_grad():
+        check_chunks(model, cache)
+
+
+def check_chunks(model, cache):
     first, second = model(PROMPT[:, :4], cache=cache).logits, model(PROMPT[:, 4:], cache=cache).logits
     torch.testing.assert_close(torch.cat((first, second), 1), model(PROMPT).logits, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="KVCache: a batch of 2 was given; it was made for 3"):
+        model(PROMPT[:2], cache=cache)
     with pytest.raises(ValueError, match="KVCache: 8 tokens do not fit; it was made for 7"):
         model(PROMPT[:, :1], cache=cache)
 
@@ -90,3 +99,16 @@ def test_bad_arguments(model, changes, words, stream):
     with pytest.raises(ValueError) as caught:
         model.generate(**{"input_ids": PROMPT, "max_new_tokens": 3, "stream": stream, **changes})
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(temperature="hot"), dict(max_new_tokens=None), dict(top_k=2.5), dict(top_p="a")]
+)
+def test_bad_types(model, changes):
+    with pytest.raises(TypeError, match="generate: .* allowed: a (whole )?number"):
+        model.generate(**{"input_ids": PROMPT, "max_new_tokens": 3, **changes})
+
+
+def test_when_every_token_is_forbidden():
+    everything = _forbid_repeated_ngrams(torch.zeros(1, 3), torch.tensor([[0, 1, 2]]), 1)
+    assert bool((everything == 0).all())

@@ -50,3 +50,16 @@ def test_swiglu():
     mlp, x = nn.SwiGLU(16, 40), torch.randn(2, 3, 16)
     expected = mlp.down_proj(torch.nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
     torch.testing.assert_close(mlp(x), expected)
+
+
+def test_casting_keeps_the_tables_exact():
+    rotary = nn.RotaryEmbedding(32, 16)
+    cos = rotary.cos.clone()
+    assert rotary.to(torch.bfloat16).cos.dtype == torch.float32 and torch.equal(rotary.half().cos, cos)
+    assert rotary.to("meta").cos.is_meta
+
+
+@pytest.mark.parametrize("sizes", [(64, 0), (64, 4, 0), (64, 4, 3), (65, 4)])
+def test_impossible_heads(sizes):
+    with pytest.raises(ValueError, match="^Attention: .*(allowed|change)"):
+        nn.Attention(*sizes)

@@ -144,6 +144,8 @@ GOOD = {"q": torch.randn(2, 5, 4, 16), "k": torch.randn(2, 6, 2, 16), "v": torch
         (dict(q=GOOD["q"].long()), TypeError, "q has dtype int64"),
         (dict(v=torch.randn(2, 6, 2, 16, device="meta")), ValueError, "v is on meta, but q is on cpu"),
         (dict(window_size=(4, 0)), NotImplementedError, "window_size = (4, 0) is not supported yet; allowed: window_size = (-1, -1)"),
+        (dict(window_size=5), NotImplementedError, "window_size = 5 is not supported yet"),
+        (dict(softmax_scale="a"), TypeError, "softmax_scale is 'a'; allowed: a number"),
         (dict(softcap=30.0), NotImplementedError, "softcap = 30.0 is not supported yet"),
         (dict(sinks=torch.zeros(4)), NotImplementedError, "sinks = a tensor is not supported yet"),
         (dict(dropout_p=0.1), NotImplementedError, "dropout_p = 0.1 is not supported yet"),

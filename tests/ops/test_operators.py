@@ -146,8 +146,8 @@ def test_meta_tensors_give_shapes(name, backend):
     function, tensors, keywords = example(name)
     with llmcore.backend(backend):
         real = function(*tensors, **keywords)
-    meta = {n: t.to("meta") if isinstance(t, torch.Tensor) else t for n, t in keywords.items()}
-    shapes = function(*(t.to("meta") for t in tensors), **meta)
+        meta = {n: t.to("meta") if isinstance(t, torch.Tensor) else t for n, t in keywords.items()}
+        shapes = function(*(t.to("meta") for t in tensors), **meta)
     for a, b in zip(
         real if isinstance(real, tuple) else (real,), shapes if isinstance(shapes, tuple) else (shapes,), strict=True
     ):
@@ -230,3 +230,26 @@ def test_imported_twice():
         for n in [n for n in sys.modules if n == "llmcore" or n.startswith("llmcore.")]:
             del sys.modules[n]
         sys.modules.update(old)
+
+
+@pytest.mark.parametrize(("name", "backend"), every([n for n in NAMES if n != "attention"]))
+def test_results_may_be_written_in_place(name, backend):
+    """Where the backward does not need them (attention's does)."""
+    function, tensors, keywords = example(name)
+    with llmcore.backend(backend):
+        result, again = function(*tensors, **keywords), function(*tensors, **keywords)
+    first, same = (r if isinstance(r, torch.Tensor) else r[0] for r in (result, again))
+    expected = torch.autograd.grad(2 * first.sum(), tensors, allow_unused=True)
+    same.mul_(2)
+    actual = torch.autograd.grad(same.sum(), tensors, allow_unused=True)
+    for a, e in zip(actual, expected, strict=True):
+        assert (a is None) == (e is None)
+        if a is not None:
+            torch.testing.assert_close(a, e)
+
+
+def test_forward_mode_derivatives_are_refused():
+    with torch.autograd.forward_ad.dual_level():
+        x = torch.autograd.forward_ad.make_dual(torch.randn(4), torch.randn(4))
+        with pytest.raises(RuntimeError, match="swiglu has no forward-mode derivative"):
+            ops.swiglu(x, x)

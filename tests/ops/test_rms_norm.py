@@ -118,6 +118,13 @@ def test_gradients_are_not_shared_memory(backend, device):
         (dict(x=[1.0]), TypeError, "x must be a tensor, but a list was given"),
         (dict(x=torch.randn(2, 4), residual=torch.randn(4)), ValueError, "residual must be x's shape = (2, 4)"),
         (
+            dict(x=torch.randn(4), weight=torch.randn(4).double()),
+            TypeError,
+            "weight has dtype float64, but x has float32",
+        ),
+        (dict(x=torch.randn(4), residual=torch.randn(4).double()), TypeError, "residual has dtype float64"),
+        (dict(x=torch.randn(4), eps=None), TypeError, "eps is None; allowed: a number"),
+        (
             dict(x=torch.randn(4), weight=torch.randn(4, device="meta")),
             ValueError,
             "weight is on meta, but x is on cpu",
