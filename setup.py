@@ -26,9 +26,9 @@ from setuptools.command.build import build
 
 ROOT = Path(__file__).resolve().parent
 PARTS = ("cpu", "cuda")
-CXX_FLAGS = shlex.split(
-    "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -fno-math-errno -fno-trapping-math -ffp-contract=fast"
-)
+CXX_FLAGS = shlex.split("-std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra")
+KERNEL_FLAGS = shlex.split("-O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast")
+BINDING_FLAGS = ["-O1"]  # they only pass arguments on, and pybind11 is slow to optimise
 
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
@@ -98,7 +98,7 @@ def try_compile(cxx: str, flags: list[str], source: str) -> bytes | None:
 def check_cxx(cxx: str) -> None:
     if sys.platform == "win32":
         raise Unavailable("the native parts are built on Linux and macOS only")
-    if try_compile(cxx, CXX_FLAGS, "#include <string_view>\nint main() { return 0; }\n") is None:
+    if try_compile(cxx, CXX_FLAGS + KERNEL_FLAGS, "#include <string_view>\nint main() { return 0; }\n") is None:
         raise Unavailable(f"the compiler {cxx!r} does not compile C++17 with GCC's options")
 
 
@@ -156,9 +156,10 @@ def plan_cpu(directory: Path, target: Path) -> tuple[list[Step], dict[str, Any]]
     for source in sorted(source_dir.glob("*.cpp")):
         if source.name != "bindings.cpp":
             for level, flags in levels.items():
-                compile_(source, directory / f"{source.stem}.{level}.o", [*flags, f"-DLLMCORE_ISA={level}"])
+                options = [*KERNEL_FLAGS, *flags, f"-DLLMCORE_ISA={level}"]
+                compile_(source, directory / f"{source.stem}.{level}.o", options)
     names = " ".join(f"X({level})" for level in levels)
-    compile_(source_dir / "bindings.cpp", directory / "bindings.o", ["-DLLMCORE_LEVELS=" + names])
+    compile_(source_dir / "bindings.cpp", directory / "bindings.o", [*BINDING_FLAGS, "-DLLMCORE_LEVELS=" + names])
     objects = [step.output for step in steps]
     steps.append(Step(target, objects, [*shlex.split(cxx), *link_flags(), *map(str, objects), "-o", str(target)]))
     return steps, {"compiler": cxx, "levels": list(levels), "openmp": openmp == ["-fopenmp"]}
@@ -187,7 +188,7 @@ def plan_cuda(directory: Path, target: Path) -> tuple[list[Step], dict[str, Any]
         command += ["-MMD", "-MF", f"{output}.d", "-c", str(source), "-o", str(output)]
         steps.append(Step(output, [source], command))
     output = directory / "bindings.o"
-    command = [*shlex.split(cxx), *CXX_FLAGS, *includes, "-MMD", "-MF", f"{output}.d"]
+    command = [*shlex.split(cxx), *CXX_FLAGS, *BINDING_FLAGS, *includes, "-MMD", "-MF", f"{output}.d"]
     bindings = source_dir / "bindings.cpp"
     steps.append(Step(output, [bindings], [*command, "-c", str(bindings), "-o", str(output)]))
     objects = [step.output for step in steps]

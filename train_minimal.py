@@ -18,6 +18,7 @@ import os
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +31,11 @@ from llmcore.train.checkpoint import CheckpointError, load_checkpoint, require_m
 from llmcore.train.config import ConfigError, SampleConfig, TrainConfig, model_config
 from llmcore.train.describe import describe
 from llmcore.train.distributed import World
-from llmcore.train.machine import keep_freed_memory, use_bf16
+from llmcore.train.machine import keep_freed_memory, require_backends, use_bf16
 from llmcore.train.optimizer import build_optimizer
 from llmcore.train.parse import parse
 from llmcore.train.progress import Meter, Report
-from llmcore.train.run import Start, find_start, open_run
+from llmcore.train.run import Start, find_start, how_to_go_on, open_run
 from llmcore.train.schedule import learning_rate, progress
 
 
@@ -42,9 +43,8 @@ class TrainingError(RuntimeError):
     """The training cannot go on; the message says why and what to do."""
 
 
-def train(config: TrainConfig, start: Start, corpus: Corpus, world: World) -> None:
+def train(config: TrainConfig, start: Start, run: Path, corpus: Corpus, world: World) -> None:
     """One run, from `start` to the sample. All ranks call it; only the first writes and prints."""
-    run = world.from_first(open_run(config, start) if world.rank == 0 else None)
     report = Report(run, world.rank == 0)
 
     # The model, with the same weights on all ranks.
@@ -64,7 +64,7 @@ def train(config: TrainConfig, start: Start, corpus: Corpus, world: World) -> No
     report.log(event="start", step=start.step, processes=world.size, bf16=bf16, config=config.to_dict())
 
     def elapsed() -> float:
-        return time.perf_counter() - began
+        return time.perf_counter() - began - meter.seconds_paused
 
     def validate(max_tokens: int) -> None:
         seconds = elapsed()
@@ -72,14 +72,15 @@ def train(config: TrainConfig, start: Start, corpus: Corpus, world: World) -> No
             bits = bits_per_byte(model, corpus, max_tokens, config.seq_len, micro_size, world)
         report.log(step=step, seconds=seconds, val_bpb=bits)
         report.say(f"step {step}  held-out text: {bits:.4f} bits per byte")
+        require_finite("the loss on the held-out text", bits, step)
 
     def save() -> None:
-        require_finite(world.sum(loss).item(), step)
+        seconds = elapsed()
         with meter.paused():
-            if world.rank == 0:
-                path = save_checkpoint(run, step, elapsed(), model, optimizer, config.to_dict())
-                report.say(f"step {step}  checkpoint: {path}")
-            world.wait()
+            require_finite("the largest weight", world.on_first(lambda: largest_weight(model)), step)
+            facts = (config.to_dict(), corpus.fingerprint)
+            path = world.on_first(lambda: save_checkpoint(run, step, seconds, model, optimizer, *facts))
+            report.say(f"step {step}  checkpoint: {path}")
 
     step = saved = start.step
     began = time.perf_counter() - start.seconds
@@ -113,7 +114,7 @@ def train(config: TrainConfig, start: Start, corpus: Corpus, world: World) -> No
             now = meter.read(world)
             report.log(step=step, seconds=elapsed(), lr=lr, **asdict(now))
             report.show(f"step {step}  loss {now.loss:.4f}  lr {lr:.2e}  {now}", done)
-            require_finite(now.loss, step)
+            require_finite("the loss", now.loss, step)
         if config.eval_interval and step % config.eval_interval == 0:
             validate(config.eval_tokens)
         if config.checkpoint_interval and step % config.checkpoint_interval == 0:
@@ -169,16 +170,20 @@ def sample(model: models.Decoder, config: SampleConfig, seed: int) -> str:
     return bytes(token for token in tokens if token < 256).decode(errors="replace")
 
 
-def require_finite(loss: float, step: int) -> None:
-    if not math.isfinite(loss):
-        raise TrainingError(
-            f"the loss is {loss} at step {step}; lower optimizer.lr, --resume from the last checkpoint."
-        )
+def largest_weight(model: nn.Module) -> float:
+    """Not a number where one of them is not."""
+    return torch.stack([parameter.detach().abs().max() for parameter in model.parameters()]).max().item()
+
+
+def require_finite(name: str, value: float, step: int) -> None:
+    if not math.isfinite(value):
+        raise TrainingError(f"{name} is {value} at step {step}; lower optimizer.lr")
 
 
 def main(argv: list[str] | None = None) -> int:
     """What the command line asks for; the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    run: Path | None = None
     try:
         # Whatever can be wrong with the input shows here, before a process is started or a file is written.
         config = parse(argv, __doc__)
@@ -190,8 +195,11 @@ def main(argv: list[str] | None = None) -> int:
             require_model(start.checkpoint, model_config(config))
         corpus = load_corpus(config.data.train, config.data.valid)
         corpus.require(config.seq_len)
+        if not any(argument.startswith("--data.") for argument in argv):
+            start.require_text(corpus)
         world_size = distributed.world_size(config.num_gpus)
         device = distributed.device(world_size)
+        require_backends(device)
         overview = describe(config, corpus, world_size, device, use_bf16(config.precision, device))
 
         if world_size > 1 and not distributed.launched() and not config.dry_run:
@@ -202,14 +210,15 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         keep_freed_memory()
         with distributed.join(device) as world:
-            train(config, start, corpus, world)
+            run = world.on_first(lambda: open_run(config, start))
+            train(config, start, run, corpus, world)
         return 0
     except (ConfigError, CheckpointError, DataError) as error:
         return fail(error, 2)
     except TrainingError as error:
-        return fail(error, 1)
+        return fail(f"{error}; {how_to_go_on(run)}.", 1)
     except KeyboardInterrupt:
-        return fail("interrupted; --resume auto goes on from the last checkpoint.", 130)
+        return fail(f"interrupted; {how_to_go_on(run)}.", 130)
 
 
 def fail(message: object, code: int) -> int:

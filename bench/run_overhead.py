@@ -33,7 +33,10 @@ def run() -> list[dict[str, Any]]:
         ("forward + backward", lambda f: lambda: torch.autograd.grad(f(xg, wg), (xg, wg), one)),
     ):
         timings, _ = interleaved({name: call(f) for name, f in functions.items()}, round_seconds=0.05)
-        record: dict[str, Any] = {"pass": what, "microseconds": {n: round(t.median * 1e6, 1) for n, t in timings.items()}}
+        record: dict[str, Any] = {
+            "pass": what,
+            "microseconds": {n: round(t.median * 1e6, 1) for n, t in timings.items()},
+        }
         records.append(record)
         print(f"{what:20} " + "  ".join(f"{n} {t}" for n, t in record["microseconds"].items()))
     torch.set_num_threads(threads)

@@ -1,6 +1,5 @@
 """Timing several candidates in one run, in interleaved rounds: a machine that changes speed changes all of them."""
 
-import ctypes
 import platform
 import statistics
 import subprocess
@@ -11,15 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-
-
-def keep_freed_memory() -> None:
-    """Lets glibc keep what is freed: with its defaults large outputs cost page faults, for every candidate alike."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+from llmcore.train.machine import keep_freed_memory as keep_freed_memory
 
 
 @dataclass(frozen=True)

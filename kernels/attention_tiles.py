@@ -126,7 +126,7 @@ def scale_of_powers_of_two(softmax_scale: float) -> float:
     return max(abs(float(softmax_scale)) * math.log2(math.e), 1e-30)
 
 
-def _limits(window_left: int, window_right: int, Tq: int, Tk: int) -> tuple[int, int]:
+def limits(window_left: int, window_right: int, Tq: int, Tk: int) -> tuple[int, int]:
     """The window with -1 where it limits nothing: no key is farther back than Tk - 1, or ahead than Tq - 1."""
     left = window_left if 0 <= window_left < Tk - 1 else -1
     right = window_right if 0 <= window_right < Tq - 1 else -1
@@ -157,7 +157,8 @@ class Plan:
         wanted = max(self.constants["BLOCK_D"], self.constants["BLOCK_DV"])
         block_m, block_n, num_warps, num_stages = sizes[min(size for size in sizes if size >= wanted)]
         tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
-        return block_m, block_n, self.constants | tile
+        # The exponents are one fused multiply-add each, which Triton 3.10 no longer takes for granted.
+        return block_m, block_n, self.constants | tile | {"enable_fp_fusion": True}
 
     def source(self, tensor: torch.Tensor, block_t: int) -> torch.Tensor | TensorDescriptor:
         """What load_tile reads from: the tensor, or a descriptor of tiles of one head's rows."""
@@ -185,7 +186,7 @@ def plan(
         kind = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     # Exact products read their operands from registers, where tiles that arrive by bulk copies cost spills.
     tma = arch in ("sm_90", device.INTERPRETER) and kind != "ieee" and all(map(_describable, (q, k, v, *others)))
-    left, right = _limits(window_left, window_right, q.shape[1], k.shape[1])
+    left, right = limits(window_left, window_right, q.shape[1], k.shape[1])
     D, DV = q.shape[3], v.shape[3]
     constants = {
         "D": D, "DV": DV, "BLOCK_D": padded(D), "BLOCK_DV": padded(DV), "LIMIT_LEFT": left >= 0,

@@ -75,25 +75,24 @@ struct BwdTile {
     }
 };
 
-// One block of q or dout: `rows` of n elements, times factor (in the columns), then zeros up to the end of their last vector.
+// One block of q or dout: `rows` of n elements, then zeros up to the end of their last vector.
 template <class T>
-void pack_queries(Floats m, const Operand& x, Row row, int rows, int64_t n, float factor, float*, float* columns,
-                  float* to) {
+void pack_queries(Floats m, const Operand& x, Row row, int rows, int64_t n, float*, float* columns, float* to) {
     const int64_t stride = leading(n);
-    for (int i = 0; i < rows; ++i, row.next()) pack_row(m, x.at<T>(row.b, row.t, row.h()), n, factor, to + i * stride);
+    for (int i = 0; i < rows; ++i, row.next()) pack_row(m, x.at<T>(row.b, row.t, row.h()), n, to + i * stride);
     const int padded = vectors(rows) * VL;
     fill_zero(to + rows * stride, (padded - rows) * stride);
     pack_transposed(to, stride, padded, n, columns);
 }
 
 template <class T>
-void pack_queries(Bf16Pairs m, const Operand& x, Row row, int rows, int64_t n, float factor, uint32_t* words,
-                  uint32_t* columns, uint32_t* to) {
+void pack_queries(Bf16Pairs m, const Operand& x, Row row, int rows, int64_t n, uint32_t* words, uint32_t* columns,
+                  uint32_t* to) {
     const int64_t words_stride = leading(n / 2);
     const T* even = nullptr;
     for (int i = 0; i < rows; ++i, row.next()) {
         const T* from = x.at<T>(row.b, row.t, row.h());
-        pack_row(m, from, n, factor, words + i * words_stride);
+        pack_row(m, from, n, words + i * words_stride);
         if (i % 2 == 0) even = from;
         if (i % 2 == 1 || i + 1 == rows) pack_row_pair(even, i % 2 == 1 ? from : nullptr, n, to + i / 2 * leading(n));
     }
@@ -109,9 +108,13 @@ void set_delta(const typename M::Word* dout_columns, const typename M::Word* out
     using Words = typename M::Words;
     for (int i = 0; i < rows; i += VL) {
         vf sum = zero();
-        for (int64_t k = 0; k < words; ++k) {
-            const int64_t at = k * block_rows + i;
-            sum = multiply_add(load_bits<Words>(out_columns + at), load_bits<Words>(dout_columns + at), sum);
+        for (int64_t from = 0; from < words; from += sum_part(words)) {
+            vf part = zero();
+            for (int64_t k = from; k < least(from + sum_part(words), words); ++k) {
+                const int64_t at = k * block_rows + i;
+                part = multiply_add(load_bits<Words>(out_columns + at), load_bits<Words>(dout_columns + at), part);
+            }
+            sum += part;
         }
         store(delta + i, sum);
     }
@@ -123,11 +126,11 @@ void pack_block(const Problem& p, const Operands& x, int64_t item, int64_t block
     const int rows = int(least(p.rows() - first, block_rows));
     Row row = p.row(item, first);
     to.range[block].set(p, row, rows);
-    pack_queries<T>(M{}, x.q, row, rows, p.D, p.q_factor, w.rows, to.q_columns + first * p.D / M::per_word,
+    pack_queries<T>(M{}, x.q, row, rows, p.D, w.rows, to.q_columns + first * p.D / M::per_word,
                     to.q_rows + first / M::per_word * leading(p.D));
-    pack_queries<T>(M{}, x.dout, row, rows, p.Dv, 1.0f, w.rows, to.dout_columns + first * dv_words,
+    pack_queries<T>(M{}, x.dout, row, rows, p.Dv, w.rows, to.dout_columns + first * dv_words,
                     to.dout_rows + first / M::per_word * leading(p.Dv));
-    pack_queries<T>(M{}, x.out, row, rows, p.Dv, 1.0f, w.rows, w.out_columns, w.out_rows);
+    pack_queries<T>(M{}, x.out, row, rows, p.Dv, w.rows, w.out_columns, w.out_rows);
     float *lse = to.lse + first, *delta = to.delta + first;
     set_delta<M>(to.dout_columns + first * dv_words, w.out_columns, dv_words, rows, delta);
     for (int i = 0; i < rows; ++i, row.next()) {
@@ -176,15 +179,14 @@ LLMCORE_INLINE void store_weights(const BwdTile<Bf16Pairs>& w, int key, int colu
 // p and ds of N vectors of queries, from `column` on, and the tile's keys [begin, end), both multiples of tile_rows, from the
 // products in scores and dp; those of the tile's other keys become 0.
 template <class M, int N>
-__attribute__((noinline)) void gradient_panel(const BwdTile<M>& w, const BlockRange& range, float scale, const float* lse,
+__attribute__((noinline)) void gradient_panel(const BwdTile<M>& w, const BlockRange& range, const float* lse,
                                               const float* delta, int column, int first, int keys, int begin, int end) {
     float *s = w.scores + column, *dp = w.dp + column;
     mask_scores<N>(range, column, first, begin, end, s);
     for (int j = begin; j < end; j += 2) {
         vf p[2 * N], ds[2 * N];
         for (int i = 0; i < 2 * N; ++i) {
-            const vf x = load(s + (j + i / N) * block_rows + i % N * VL);
-            p[i] = fmadd(x, broadcast(scale), -load(lse + column + i % N * VL)) * log2_e;
+            p[i] = (load(s + (j + i / N) * block_rows + i % N * VL) - load(lse + column + i % N * VL)) * log2_e;
         }
         exp2_fast(p);
         for (int i = 0; i < 2 * N; ++i) {
@@ -226,11 +228,13 @@ void add_block(const Problem& p, const PackedItem<M>& x, const BwdTile<M>& w, in
         const int end = round_up(range.end(column, N * VL, first, keys), tile_rows);
         for (int j = begin; j < end; j += tile_rows) {
             score_tile<M, N>(p.D / per_word, x.k_words + (first + j) * k_stride, k_stride,
-                             x.q_columns + first_row * p.D / per_word + column, w.scores + j * block_rows + column);
+                             x.q_columns + first_row * p.D / per_word + column, w.scores + j * block_rows + column,
+                             p.scale);
             score_tile<M, N>(p.Dv / per_word, x.v_words + (first + j) * v_stride, v_stride,
-                             x.dout_columns + first_row * p.Dv / per_word + column, w.dp + j * block_rows + column);
+                             x.dout_columns + first_row * p.Dv / per_word + column, w.dp + j * block_rows + column,
+                             1.0f);
         }
-        gradient_panel<M, N>(w, range, p.scale, x.lse + first_row, x.delta + first_row, column, first, padded_keys, begin, end);
+        gradient_panel<M, N>(w, range, x.lse + first_row, x.delta + first_row, column, first, padded_keys, begin, end);
     });
 
     constexpr int most_tiles = block_keys / tile_rows > block_rows / tile_rows ? block_keys / tile_rows : block_rows / tile_rows;
@@ -280,10 +284,9 @@ void add_tile(const Problem& p, const Operands& o, const PackedItem<M>& x, const
     for (int64_t block = 0; block < p.blocks(); ++block) {
         if (p.meets(block, first, keys)) add_block(p, x, w, block, first, keys, dq);
     }
-    const float dk_factor = M::per_word == 1 ? p.scale : p.scale * p.q_factor;
     for (int j = 0; j < keys; ++j) {
         const int64_t row = (item / p.K * p.Tk + first + j) * p.K + item % p.K;
-        write_scaled(w.dk + j * d_stride, dk_factor, p.D, (T*)o.dk + row * p.D);
+        write_scaled(w.dk + j * d_stride, p.scale, p.D, (T*)o.dk + row * p.D);
         write_scaled(w.dv + j * dv_stride, 1.0f, p.Dv, (T*)o.dv + row * p.Dv);
     }
 }
@@ -299,7 +302,7 @@ void write_dq(const Problem& p, int64_t item, int64_t block, std::uintptr_t sums
     }
     Row row = p.row(item, first);
     for (int64_t i = 0; i < rows; ++i, row.next()) {
-        write_scaled(total + i * stride, p.scale * p.q_factor, p.D, dq + p.output_row(row) * p.D);
+        write_scaled(total + i * stride, p.scale, p.D, dq + p.output_row(row) * p.D);
     }
 }
 
@@ -382,7 +385,7 @@ void attention_bwd(const void* dout, const float* dlse, const void* q, const voi
                    int64_t v_stride_b, int64_t v_stride_t, int64_t v_stride_h, float softmax_scale, int64_t window_left,
                    int64_t window_right, DType dtype) {
     if (B == 0 || H == 0) return;
-    const Problem p = problem(B, H, K, Tq, Tk, D, Dv, softmax_scale, window_left, window_right);
+    const Problem p{B, H, K, Tq, Tk, D, Dv, softmax_scale, window_left, window_right};
     const Operands o{{q, q_stride_b, q_stride_t, q_stride_h},
                      {k, k_stride_b, k_stride_t, k_stride_h},
                      {v, v_stride_b, v_stride_t, v_stride_h},

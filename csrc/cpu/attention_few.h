@@ -70,18 +70,19 @@ LLMCORE_INLINE void few_sums(const float* weights, const T* v, int64_t v_stride,
 }
 
 // One row's scores of n keys become weights; those outside [begin, end) are not seen.
-LLMCORE_INLINE void few_softmax(float factor, float* s, int n, int begin, int end, float& m, float& l, float& rescale) {
+LLMCORE_INLINE void few_softmax(float scale, float* s, int n, int begin, int end, float& m, float& l, float& rescale) {
+    for (int j = 0; j < n; j += VL) store(s + j, load(s + j) * scale);
     for (int j = 0; j < begin; ++j) s[j] = -infinity;
     for (int j = end; j < vectors(n) * VL; ++j) s[j] = -infinity;
     vf largest = broadcast(m), sum = zero();
     for (int j = 0; j < n; j += VL) largest = max(load(s + j), largest);
     const float top = reduce_max(largest);
     for (int j = 0; j < n; j += VL) {
-        const vf x = exp2_fast((load(s + j) - top) * factor);
+        const vf x = exp2_fast((load(s + j) - top) * log2_e);
         sum += x;
         store(s + j, x);
     }
-    rescale = exp2_fast(broadcast((m - top) * factor))[0];
+    rescale = exp2_fast(broadcast((m - top) * log2_e))[0];
     m = top;
     l = l * rescale + reduce_sum(sum);
 }
@@ -98,7 +99,7 @@ void few_block(const Problem& p, const FewPart& w, int row, const T* k, int64_t 
     for (int r = 0; r < R; ++r) {
         const int begin = BlockRange::clamp(p.lo((row + r) / p.G()) - first, n);
         const int end = BlockRange::clamp(p.hi((row + r) / p.G()) - first, n);
-        few_softmax(p.scale * log2_e, s + r * few_keys, n, begin, end, w.m[row + r], w.l[row + r],
+        few_softmax(p.scale, s + r * few_keys, n, begin, end, w.m[row + r], w.l[row + r],
                     w.rescale[row + r]);
     }
     int64_t d = 0;
@@ -114,7 +115,7 @@ void few_part(const Problem& p, const Operand& q, const Operand& k, const Operan
     const int rows = int(p.rows());
     Row row = p.row(item, 0);
     for (int r = 0; r < rows; ++r, row.next()) {
-        pack_row(Floats{}, q.at<T>(row.b, row.t, row.h()), p.D, p.q_factor, w.q + r * leading(p.D));
+        pack_row(Floats{}, q.at<T>(row.b, row.t, row.h()), p.D, w.q + r * leading(p.D));
         w.m[r] = lowest;
         w.l[r] = 0.0f;
     }
@@ -130,10 +131,9 @@ void few_part(const Problem& p, const Operand& q, const Operand& k, const Operan
 
 // b's keys join a's.
 LLMCORE_INLINE void few_join(const Problem& p, const FewPart& a, const FewPart& b) {
-    const float factor = p.scale * log2_e;
     for (int r = 0; r < p.rows(); ++r) {
         const float m = a.m[r] > b.m[r] ? a.m[r] : b.m[r];
-        const vf of_a = exp2_fast(broadcast((a.m[r] - m) * factor)), of_b = exp2_fast(broadcast((b.m[r] - m) * factor));
+        const vf of_a = exp2_fast(broadcast((a.m[r] - m) * log2_e)), of_b = exp2_fast(broadcast((b.m[r] - m) * log2_e));
         a.l[r] = a.l[r] * of_a[0] + b.l[r] * of_b[0];
         a.m[r] = m;
         for (int64_t d = r * leading(p.Dv); d < r * leading(p.Dv) + p.Dv; d += VL) {
@@ -156,7 +156,7 @@ void attend_few(const Problem& p, const Operand& q, const Operand& k, const Oper
     const auto finish = [&](int64_t item, const FewPart& w) {
         Row row = p.row(item, 0);
         for (int r = 0; r < p.rows(); ++r, row.next()) {
-            write_row(p, row, w.o + r * leading(p.Dv), w.m[r] * p.scale, w.l[r], out, lse);
+            write_row(p, row, w.o + r * leading(p.Dv), w.m[r], w.l[r], out, lse);
         }
     };
     parallel_dynamic(concurrent, items * splits, [&](int64_t i, int thread) {

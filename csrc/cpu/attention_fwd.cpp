@@ -41,7 +41,7 @@ LLMCORE_INLINE void store_weights(Bf16Pairs, uint32_t* to, int key, const vf (&x
 template <class M>
 struct FwdBlock {
     typename M::Word *q_rows, *q, *weights;
-    float *scores, *o, *m, *shift, *l, *rescale;  // m: largest product q k; weights are 2^(factor q k - shift)
+    float *scores, *o, *m, *l, *rescale;
     BlockRange* range;
 
     void place(Layout& layout, const Problem& p) {
@@ -51,42 +51,36 @@ struct FwdBlock {
         weights = M::per_word == 1 ? (typename M::Word*)scores : layout.take<typename M::Word>(block_keys / 2 * block_rows);
         o = layout.take<float>(block_rows * leading(p.Dv));
         m = layout.take<float>(block_rows);
-        shift = layout.take<float>(block_rows);
         l = layout.take<float>(block_rows);
         rescale = layout.take<float>(block_rows);
         range = layout.take<BlockRange>(1);
     }
 };
 
-// Softmax of `factor` log 2 times the scores of N vectors of queries, from `column` on, and the tile's keys [begin, end), both
+// Softmax of the scores of N vectors of queries, from `column` on, and the tile's keys [begin, end), both
 // multiples of tile_rows. Weights of the tile's other keys become 0.
 template <class M, int N>
-__attribute__((noinline)) void softmax_panel(const FwdBlock<M>& w, float factor, int column, int first, int keys, int begin,
-                                             int end) {
+__attribute__((noinline)) void softmax_panel(const FwdBlock<M>& w, int column, int first, int keys, int begin, int end) {
     float* s = w.scores + column;
     typename M::Word* weights = w.weights + column;
-    vf largest[N], shift[N], sum[2][N];
+    vf largest[N], sum[2][N];
     for (int v = 0; v < N; ++v) largest[v] = load(w.m + column + v * VL);
     mask_scores<N>(*w.range, column, first, begin, end, s);
     for (int j = begin; j < end; ++j)
         for (int v = 0; v < N; ++v) largest[v] = max(load(s + j * block_rows + v * VL), largest[v]);
-    for (int v = 0; v < N; ++v) {
-        shift[v] = largest[v] * factor;
-        sum[0][v] = sum[1][v] = zero();
-    }
+    for (int i = 0; i < 2 * N; ++i) sum[i / N][i % N] = zero();
     for (int j = begin; j < end; j += 2) {
         vf x[2 * N];
-        for (int i = 0; i < 2 * N; ++i) x[i] = fmadd(load(s + (j + i / N) * block_rows + i % N * VL), broadcast(factor), -shift[i % N]);
+        for (int i = 0; i < 2 * N; ++i) x[i] = (load(s + (j + i / N) * block_rows + i % N * VL) - largest[i % N]) * log2_e;
         exp2_fast(x);
         for (int i = 0; i < 2 * N; ++i) sum[i / N][i % N] += x[i];
         store_weights<N>(M{}, weights, j, x);
     }
     for (int v = 0; v < N; ++v) {
         const int i = column + v * VL;
-        const vf rescale = exp2_fast(load(w.shift + i) - shift[v]);
+        const vf rescale = exp2_fast((load(w.m + i) - largest[v]) * log2_e);
         store(w.rescale + i, rescale);
         store(w.m + i, largest[v]);
-        store(w.shift + i, shift[v]);
         store(w.l + i, fmadd(load(w.l + i), rescale, sum[0][v] + sum[1][v]));
     }
     const auto clear = [&](int from, int to) {
@@ -107,9 +101,9 @@ void attend_tile(const Problem& p, const PackedKeys<M>& packed, const FwdBlock<M
         const int end = round_up(w.range->end(column, N * VL, first, keys), tile_rows);
         for (int j = begin; j < end; j += tile_rows) {
             score_tile<M, N>(p.D / M::per_word, packed.k + (first + j) * k_stride, k_stride, w.q + column,
-                             w.scores + j * block_rows + column);
+                             w.scores + j * block_rows + column, p.scale);
         }
-        softmax_panel<M, N>(w, p.scale * log2_e, column, first, round_up(keys, tile_rows), begin, end);
+        softmax_panel<M, N>(w, column, first, round_up(keys, tile_rows), begin, end);
     });
     int64_t begin[block_rows / tile_rows], words[block_rows / tile_rows];
     const int tiles = round_up(rows, tile_rows) / tile_rows;
@@ -136,7 +130,7 @@ void attend_block(const Problem& p, const Operand& q, const PackedKeys<M>& packe
     Row row = p.row(item, first_row);
     w.range->set(p, row, rows);
     for (int i = 0; i < rows; ++i, row.next()) {
-        pack_row(M{}, q.at<T>(row.b, row.t, row.h()), p.D, p.q_factor, w.q_rows + i * q_stride);
+        pack_row(M{}, q.at<T>(row.b, row.t, row.h()), p.D, w.q_rows + i * q_stride);
         __builtin_prefetch(&lse[p.lse_index(row)], 1);
         for (int64_t d = 0; d < p.Dv; d += int64_t(64 / sizeof(T))) __builtin_prefetch(out + p.output_row(row) * p.Dv + d, 1);
     }
@@ -147,7 +141,6 @@ void attend_block(const Problem& p, const Operand& q, const PackedKeys<M>& packe
     pack_transposed(w.q_rows, q_stride, columns, p.D / M::per_word, w.q);
     for (int i = 0; i < block_rows; ++i) {
         w.m[i] = lowest;
-        w.shift[i] = lowest;
         w.l[i] = 0.0f;
         w.rescale[i] = 1.0f;
     }
@@ -157,11 +150,8 @@ void attend_block(const Problem& p, const Operand& q, const PackedKeys<M>& packe
     for (int first = w.range->lo[0] & ~1; first < seen; first += block_keys) {
         attend_tile(p, packed, w, rows, first, int(least(seen - first, block_keys)));
     }
-    const float from_shift = float(double(p.scale) / double(p.scale * log2_e));  // undoes the rounding of factor too
     row = p.row(item, first_row);
-    for (int i = 0; i < rows; ++i, row.next()) {
-        write_row(p, row, w.o + i * v_stride, w.shift[i] * from_shift, w.l[i], out, lse);
-    }
+    for (int i = 0; i < rows; ++i, row.next()) write_row(p, row, w.o + i * v_stride, w.m[i], w.l[i], out, lse);
 }
 
 // With enough items each thread takes whole ones; otherwise all are packed first and the threads share their blocks, the blocks
@@ -203,12 +193,12 @@ void attention_fwd(const void* q, const void* k, const void* v, void* out, float
                    int64_t k_stride_b, int64_t k_stride_t, int64_t k_stride_h, int64_t v_stride_b, int64_t v_stride_t,
                    int64_t v_stride_h, float softmax_scale, int64_t window_left, int64_t window_right, DType dtype) {
     if (B == 0 || H == 0 || Tq == 0) return;
-    const Problem p = problem(B, H, K, Tq, Tk, D, Dv, softmax_scale, window_left, window_right);
+    const Problem p{B, H, K, Tq, Tk, D, Dv, softmax_scale, window_left, window_right};
     const Operand queries{q, q_stride_b, q_stride_t, q_stride_h}, keys{k, k_stride_b, k_stride_t, k_stride_h};
     const Operand values{v, v_stride_b, v_stride_t, v_stride_h};
     with_element(dtype, [&](auto element) {
         using T = decltype(element);
-        if (p.rows() <= few_rows) {
+        if (p.rows() <= few_rows && Tk > 2 * few_keys) {
             attend_few<T>(p, queries, keys, values, (T*)out, lse);
         } else {
             attend<typename Products<T>::type, T>(p, queries, keys, values, (T*)out, lse);

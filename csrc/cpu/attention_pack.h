@@ -4,6 +4,7 @@
 // so that neighbouring rows see nearly the same keys. Row r sees the keys [lo, hi); both ends grow with r.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <new>
 
@@ -14,7 +15,7 @@ namespace llmcore::LLMCORE_ISA {
 namespace {
 
 constexpr float log2_e = 1.44269504f;
-constexpr float lowest = -1e30f;  // below all products q k; still finite when multiplied by a scale
+constexpr float lowest = -FLT_MAX;
 constexpr float infinity = __builtin_inff();
 
 LLMCORE_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -46,8 +47,7 @@ struct Row {
 
 struct Problem {
     int64_t B, H, K, Tq, Tk, D, Dv;
-    float scale;     // positive: its sign goes into q, so that the largest product is the largest score; for 0, q is 0 and this 1
-    float q_factor;  // 1, -1 or 0
+    float scale;
     int64_t window_left, window_right;  // negative: no limit
 
     int64_t G() const { return H / K; }
@@ -78,12 +78,6 @@ struct Problem {
     }
 };
 
-LLMCORE_INLINE Problem problem(int64_t B, int64_t H, int64_t K, int64_t Tq, int64_t Tk, int64_t D, int64_t Dv, float scale,
-                               int64_t window_left, int64_t window_right) {
-    const float sign = scale > 0.0f ? 1.0f : (scale < 0.0f ? -1.0f : 0.0f);
-    return {B, H, K, Tq, Tk, D, Dv, sign == 0.0f ? 1.0f : sign * scale, sign, window_left, window_right};
-}
-
 // What the rows of a block see. Rows past the last repeat it.
 struct BlockRange {
     int32_t lo[block_rows], hi[block_rows];
@@ -105,8 +99,8 @@ struct BlockRange {
     static int clamp(int x, int keys) { return x < 0 ? 0 : (x > keys ? keys : x); }
 };
 
-// Products q k of N vectors of rows from `column` on and the keys [begin, end), relative to `first`, become -inf where the row does
-// not see the key.
+// Scores of N vectors of rows from `column` on and the keys [begin, end), relative to `first`, become -inf where the row does not
+// see the key.
 template <int N>
 LLMCORE_INLINE void mask_scores(const BlockRange& range, int column, int first, int begin, int end, float* scores) {
     const int seen_begin = range.lo[column + N * VL - 1] - first, seen_end = range.hi[column] - first;  // by all rows
@@ -203,19 +197,17 @@ LLMCORE_INLINE void fill_zero(W* p, int64_t n) {
     for (int64_t i = 0; i < n; ++i) p[i] = W{};
 }
 
-// One row of n elements, times factor (1, -1 or 0), as words; zeros to the end of its last vector.
+// One row of n elements as words; zeros to the end of its last vector.
 template <class T>
-LLMCORE_INLINE void pack_row(Floats, const T* from, int64_t n, float factor, float* to) {
+LLMCORE_INLINE void pack_row(Floats, const T* from, int64_t n, float* to) {
     int64_t i = 0;
-    for (; i + VL <= n; i += VL) store(to + i, load(from + i) * factor);
-    if (i < n) store(to + i, load(from + i, int(n - i)) * factor);
+    for (; i + VL <= n; i += VL) store(to + i, load(from + i));
+    if (i < n) store(to + i, load(from + i, int(n - i)));
 }
 
-LLMCORE_INLINE void pack_row(Bf16Pairs, const bf16_t* from, int64_t n, float factor, uint32_t* to) {
+LLMCORE_INLINE void pack_row(Bf16Pairs, const bf16_t* from, int64_t n, uint32_t* to) {
     __builtin_memcpy(to, from, std::size_t(n) * 2);
     for (int64_t i = n / 2; i < vectors(n / 2) * VL; ++i) to[i] = 0;
-    if (factor == 1.0f) return;
-    for (int64_t i = 0; i < n / 2; ++i) to[i] = factor == 0.0f ? 0 : to[i] ^ 0x80008000u;
 }
 
 // Rows 2j and 2j + 1 (null: zeros) as one row of n words.
@@ -234,12 +226,12 @@ LLMCORE_INLINE void write_scaled(const float* from, float factor, int64_t n, T* 
     if (i < n) store(to + i, load(from + i) * factor, int(n - i));
 }
 
-// The result of a row: o is the sum of its values with weights exp(score - offset), l the sum of the weights.
+// The result of a row: o is the sum of its values with weights exp(score - m), l the sum of the weights.
 template <class T>
-LLMCORE_INLINE void write_row(const Problem& p, const Row& row, const float* o, float offset, float l, T* out, float* lse) {
+LLMCORE_INLINE void write_row(const Problem& p, const Row& row, const float* o, float m, float l, T* out, float* lse) {
     const bool empty = l == 0.0f;
     write_scaled(o, empty ? 0.0f : 1.0f / l, p.Dv, out + p.output_row(row) * p.Dv);
-    lse[p.lse_index(row)] = empty ? -infinity : offset + std::log(l);
+    lse[p.lse_index(row)] = empty ? -infinity : m + std::log(l);
 }
 
 // Rows lie far apart: the processor does not foresee them.
@@ -264,7 +256,7 @@ void pack_broadcast_keys(M m, const T* from, int64_t from_stride, int64_t Tk, in
     const int64_t stride = leading(n / M::per_word);
     for (int64_t j = 0; j < Tk; ++j) {
         if (j + prefetch_rows < Tk) prefetch_row(from + (j + prefetch_rows) * from_stride, n);
-        pack_row(m, from + j * from_stride, n, 1.0f, to + j * stride);
+        pack_row(m, from + j * from_stride, n, to + j * stride);
     }
     fill_zero(to + Tk * stride, tile_rows * stride);
 }
@@ -274,7 +266,7 @@ template <class T>
 void pack_vector_keys(Floats m, const T* from, int64_t from_stride, int64_t Tk, int64_t n, float* to) {
     for (int64_t j = 0; j < Tk; ++j) {
         if (j + prefetch_rows < Tk) prefetch_row(from + (j + prefetch_rows) * from_stride, n);
-        pack_row(m, from + j * from_stride, n, 1.0f, to + j * leading(n));
+        pack_row(m, from + j * from_stride, n, to + j * leading(n));
     }
 }
 

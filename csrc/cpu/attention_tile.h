@@ -84,23 +84,35 @@ LLMCORE_INLINE void multiply_word(Tile<N>& c, const typename M::Word* a, int64_t
     }
 }
 
-// C = A B. A: tile_rows x words (a multiple of 4, not 0); B: words x N vectors and C: tile_rows x N vectors, rows block_rows apart.
+// Long sums are made of parts: the shorter a chain of additions, the smaller its error.
+LLMCORE_INLINE int64_t sum_part(int64_t words) { return words > 128 ? 64 : words; }
+
+// C = factor A B. A: tile_rows x words (a multiple of 4, not 0); B: words x N vectors, C: tile_rows x N vectors, rows block_rows
+// apart.
 template <class M, int N>
 __attribute__((noinline)) void score_tile(int64_t words, const typename M::Word* a, int64_t a_stride, const typename M::Word* b,
-                                          float* c) {
-    Tile<N> acc;
-    clear_tile<N>(acc);
-    int64_t k = 0;
-    do {
-        for (int u = 0; u < 4; ++u) multiply_word<M, N>(acc, a + k + u, a_stride, b + (k + u) * block_rows);
-        k += 4;
-    } while (k < words);
-    for (int i = 0; i < tile_rows; ++i)
-        for (int v = 0; v < N; ++v) store(c + i * block_rows + v * VL, acc[i][v]);
+                                          float* c, float factor) {
+    const int64_t part = sum_part(words);
+    for (int64_t from = 0; from < words; from += part) {
+        const int64_t to = from + part < words ? from + part : words;
+        Tile<N> acc;
+        clear_tile<N>(acc);
+        int64_t k = from;
+        do {
+            for (int u = 0; u < 4; ++u) multiply_word<M, N>(acc, a + k + u, a_stride, b + (k + u) * block_rows);
+            k += 4;
+        } while (k < to);
+        for (int i = 0; i < tile_rows; ++i) {
+            for (int v = 0; v < N; ++v) {
+                float* x = c + i * block_rows + v * VL;
+                store(x, from == 0 ? acc[i][v] * factor : fmadd(acc[i][v], broadcast(factor), load(x)));
+            }
+        }
+    }
 }
 
 // C = diag(scale) C + A^T B, or C + A^T B without a scale. A: words x tile_rows, rows block_rows apart; B: words x N vectors; words > 0.
-// The sum starts from 0 and C is added last: the shorter the chain of additions, the smaller its error.
+// The sum starts from 0 and C is added last, again for the error.
 template <class M, int N>
 __attribute__((noinline)) void weighted_sum_tile(int64_t words, const typename M::Word* a, const typename M::Word* b,
                                                  int64_t b_stride, float* c, int64_t c_stride, const float* scale) {

@@ -13,6 +13,21 @@
 namespace llmcore::LLMCORE_ISA {
 namespace {
 
+// to = n elements of `from` as floats, + bias
+void widen_row(const void* from, DType dtype, int64_t first, int64_t n, float bias, float* to) {
+    visit(dtype, [&](auto element) {
+        const auto* const row = static_cast<const decltype(element)*>(from) + first;
+        for_vectors(n, [&](int64_t i, auto lanes) { store(to + i, load(row + i, lanes) + bias, lanes); });
+    });
+}
+
+void narrow_row(const float* from, int64_t n, void* to, DType dtype, int64_t first) {
+    visit(dtype, [&](auto element) {
+        auto* const row = static_cast<decltype(element)*>(to) + first;
+        for_vectors(n, [&](int64_t i, auto lanes) { store(row + i, load(from + i, lanes), lanes); });
+    });
+}
+
 // weight + offset as floats; ones without a weight
 struct Weight {
     Scratch scratch;
@@ -22,17 +37,11 @@ struct Weight {
         : scratch(weight != nullptr && dtype == DType::f32 && offset == 0.0f ? 0 : cols), data(scratch.data()) {
         if (data == nullptr) {
             data = static_cast<const float*>(weight);
-            return;
+        } else if (weight != nullptr) {
+            widen_row(weight, dtype, 0, cols, offset, scratch.data());
+        } else {
+            for (int64_t i = 0; i < cols; i++) scratch.data()[i] = 1.0f;
         }
-        float* const out = scratch.data();
-        if (weight == nullptr) {
-            for (int64_t i = 0; i < cols; i++) out[i] = 1.0f;
-            return;
-        }
-        visit(dtype, [&](auto element) {
-            const auto* const w = static_cast<const decltype(element)*>(weight);
-            for_vectors(cols, [&](int64_t i, auto lanes) { store(out + i, load(w + i, lanes) + offset, lanes); });
-        });
     }
 };
 
@@ -79,14 +88,21 @@ void fwd(const X* x, const float* w, X* y, float* rstd, int64_t rows, int64_t co
     });
 }
 
-template <bool kStream, class X, class R, class S>
-void fwd_residual(const X* x, const R* residual, const float* w, X* y, S* s, float* rstd, int64_t rows, int64_t cols,
-                  int64_t x_row_stride, int64_t residual_row_stride, float eps) {
+// S, the type of s: that of x and residual where they agree, else float
+template <bool kStream, class X, class S>
+void fwd_residual(const X* x, const void* residual, DType residual_dtype, const float* w, X* y, S* s, float* rstd,
+                  int64_t rows, int64_t cols, int64_t x_row_stride, int64_t residual_row_stride, float eps) {
+    const bool widen = std::is_same_v<S, float> && residual_dtype != DType::f32;
     parallel_stream<kStream>(rows, kGrain / cols, [&](int64_t begin, int64_t end) {
+        const Scratch widened(widen ? cols : 0);
         for (int64_t row = begin; row < end; row++) {
             const X* const x_row = x + row * x_row_stride;
-            const R* const residual_row = residual + row * residual_row_stride;
             S* const s_row = s + row * cols;
+            const S* residual_row = static_cast<const S*>(residual) + row * residual_row_stride;
+            if (widen) {
+                widen_row(residual, residual_dtype, row * residual_row_stride, cols, 0.0f, widened.data());
+                residual_row = reinterpret_cast<const S*>(widened.data());
+            }
             const float sum = sum_vectors(cols, [&](int64_t i, auto lanes) {
                 const vf value =
                     store_rounded(s_row + i, load(x_row + i, lanes) + load(residual_row + i, lanes), lanes);
@@ -139,73 +155,72 @@ class CascadeSum {
     int64_t cols_, rows_ = 0;
 };
 
-struct BwdStrides {
-    int64_t dy, ds, s;
-};
-
-// rows [begin, end); dweight: this thread's sum, or null
 template <class X, class S>
-void bwd_rows(const X* dy, const S* ds, const S* s, const float* w, const float* rstd, X* dx, void* dresidual,
-              DType residual_dtype, CascadeSum* dweight, int64_t begin, int64_t end, int64_t cols, BwdStrides stride) {
-    for (int64_t row = begin; row < end; row++) {
-        const X* const dy_row = dy + row * stride.dy;
-        const S* const s_row = s + row * stride.s;
-        const S* const ds_row = ds == nullptr ? nullptr : ds + row * stride.ds;
-        X* const dx_row = dx + row * cols;
-        float* const dweight_row = dweight == nullptr ? nullptr : dweight->row();
-        const vf r = broadcast(rstd[row]);
-        const float sum = sum_vectors(cols, [&](int64_t i, auto lanes) {
-            return load(dy_row + i, lanes) * load(w + i, lanes) * load(s_row + i, lanes);
-        });
-        const vf mean = broadcast(sum * rstd[row] / float(cols));
-        for_vectors(cols, [&](int64_t i, auto lanes) {
-            const vf d = load(dy_row + i, lanes), xh = load(s_row + i, lanes) * r;
-            vf t = rms_norm_dx(d * load(w + i, lanes), xh, r, mean);
-            if (ds_row != nullptr) t += load(ds_row + i, lanes);
-            store(dx_row + i, t, lanes);
-            if (dresidual != nullptr) {
-                visit(residual_dtype, [&](auto element) {
-                    store(static_cast<decltype(element)*>(dresidual) + row * cols + i, t, lanes);
-                });
-            }
-            if (dweight_row != nullptr) store(dweight_row + i, load(dweight_row + i, lanes) + d * xh, lanes);
-        });
-        if (dweight != nullptr) dweight->next();
+struct Bwd {
+    const X* dy;
+    const S *ds, *s;
+    const float *w, *rstd;
+    X* dx;
+    void *dresidual, *dweight;
+    int64_t rows, cols, dy_row_stride, ds_row_stride, s_row_stride;
+    DType residual_dtype, weight_dtype;
+
+    // rows [begin, end); sum: this thread's dweight, or null
+    void run_rows(int64_t begin, int64_t end, CascadeSum* sum_of_rows) const {
+        const bool narrow = dresidual != nullptr && residual_dtype != DType::f32;
+        const Scratch to_narrow(narrow ? cols : 0);
+        for (int64_t row = begin; row < end; row++) {
+            const X* const dy_row = dy + row * dy_row_stride;
+            const S* const s_row = s + row * s_row_stride;
+            const S* const ds_row = ds == nullptr ? nullptr : ds + row * ds_row_stride;
+            X* const dx_row = dx + row * cols;
+            float* const dweight_row = sum_of_rows == nullptr ? nullptr : sum_of_rows->row();
+            float* dresidual_row = to_narrow.data();
+            if (dresidual != nullptr && !narrow) dresidual_row = static_cast<float*>(dresidual) + row * cols;
+
+            const vf r = broadcast(rstd[row]);
+            const float sum = sum_vectors(cols, [&](int64_t i, auto lanes) {
+                return load(dy_row + i, lanes) * load(w + i, lanes) * load(s_row + i, lanes);
+            });
+            const vf mean = broadcast(sum * rstd[row] / float(cols));
+            for_vectors(cols, [&](int64_t i, auto lanes) {
+                const vf d = load(dy_row + i, lanes), xh = load(s_row + i, lanes) * r;
+                vf t = rms_norm_dx(d * load(w + i, lanes), xh, r, mean);
+                if (ds_row != nullptr) t += load(ds_row + i, lanes);
+                store(dx_row + i, t, lanes);
+                if (dresidual_row != nullptr) store(dresidual_row + i, t, lanes);
+                if (dweight_row != nullptr) store(dweight_row + i, load(dweight_row + i, lanes) + d * xh, lanes);
+            });
+            if (narrow) narrow_row(dresidual_row, cols, dresidual, residual_dtype, row * cols);
+            if (sum_of_rows != nullptr) sum_of_rows->next();
+        }
     }
-}
 
-template <class X, class S>
-void bwd(const X* dy, const S* ds, const S* s, const float* w, const float* rstd, X* dx, void* dresidual, void* dweight,
-         int64_t rows, int64_t cols, BwdStrides stride, DType residual_dtype, DType weight_dtype) {
-    const int64_t most = rows * cols / kGrain;
-    // the floats of two threads never meet in a cache line
-    const int64_t thread_floats = (CascadeSum::kLevels * cols + 15) / 16 * 16;
-    const Scratch floats(dweight == nullptr ? 0 : thread_floats * (most > 1 ? max_threads() : 1));
-    int64_t parts = 1;
-    parallel(most > 1, [&](int thread, int threads) {
-        const int64_t count = most < 1 ? 1 : most < threads ? most : threads;
-        if (thread == 0) parts = count;
-        if (thread >= count) return;
-        const int64_t begin = rows * thread / count, end = rows * (thread + 1) / count;
-        const auto run = [&](CascadeSum* sum) {
-            bwd_rows(dy, ds, s, w, rstd, dx, dresidual, residual_dtype, sum, begin, end, cols, stride);
-        };
-        if (dweight == nullptr) return run(nullptr);
-        CascadeSum sum(floats.data() + thread * thread_floats, cols);
-        run(&sum);
-        sum.finish();
-    });
-    if (dweight == nullptr) return;
-    const float* const sums = floats.data() + (CascadeSum::kLevels - 1) * cols;
-    visit(weight_dtype, [&](auto element) {
-        auto* const out = static_cast<decltype(element)*>(dweight);
-        for_vectors(cols, [&](int64_t i, auto lanes) {
-            vf sum = load(sums + i, lanes);
-            for (int64_t part = 1; part < parts; part++) sum += load(sums + part * thread_floats + i, lanes);
-            store(out + i, sum, lanes);
+    void run() const {
+        const int64_t most = rows * cols / kGrain;
+        // the floats of two threads never meet in a cache line
+        const int64_t thread_floats = (CascadeSum::kLevels * cols + 15) / 16 * 16;
+        const Scratch floats(dweight == nullptr ? 0 : thread_floats * (most > 1 ? max_threads() : 1));
+        int64_t parts = 1;
+        parallel(most > 1, [&](int thread, int threads) {
+            const int64_t count = most < 1 ? 1 : most < threads ? most : threads;
+            if (thread == 0) parts = count;
+            if (thread >= count) return;
+            const int64_t begin = rows * thread / count, end = rows * (thread + 1) / count;
+            if (dweight == nullptr) return run_rows(begin, end, nullptr);
+            CascadeSum sum(floats.data() + thread * thread_floats, cols);
+            run_rows(begin, end, &sum);
+            sum.finish();
         });
-    });
-}
+        if (dweight == nullptr) return;
+        float* const sums = floats.data() + (CascadeSum::kLevels - 1) * cols;
+        for (int64_t part = 1; part < parts; part++) {
+            const float* const other = sums + part * thread_floats;
+            for (int64_t i = 0; i < cols; i++) sums[i] += other[i];
+        }
+        narrow_row(sums, cols, dweight, weight_dtype, 0);
+    }
+};
 
 }  // namespace
 
@@ -224,12 +239,13 @@ void rms_norm_fwd(const void* x, const void* residual, const void* weight, void*
             if (residual == nullptr) {
                 return fwd<kStream>(x_rows, w.data, y_rows, rstd, rows, cols, x_row_stride, eps);
             }
-            visit(residual_dtype, [&](auto residual_element) {
-                using R = decltype(residual_element);
-                using S = std::conditional_t<std::is_same_v<X, R>, X, float>;
-                fwd_residual<kStream>(x_rows, static_cast<const R*>(residual), w.data, y_rows, static_cast<S*>(s), rstd,
-                                      rows, cols, x_row_stride, residual_row_stride, eps);
-            });
+            const auto run = [&](auto s_element) {
+                fwd_residual<kStream>(x_rows, residual, residual_dtype, w.data, y_rows,
+                                      static_cast<decltype(s_element)*>(s), rstd, rows, cols, x_row_stride,
+                                      residual_row_stride, eps);
+            };
+            if (residual_dtype == x_dtype) return run(X{});
+            run(float{});
         });
     });
 }
@@ -245,9 +261,22 @@ void rms_norm_bwd(const void* dy, const void* ds, const void* s, const void* wei
         using X = decltype(x_element);
         const auto run = [&](auto s_element) {
             using S = decltype(s_element);
-            bwd(static_cast<const X*>(dy), static_cast<const S*>(ds), static_cast<const S*>(s), w.data, rstd,
-                static_cast<X*>(dx), dresidual, dweight, rows, cols, {dy_row_stride, ds_row_stride, s_row_stride},
-                residual_dtype, weight_dtype);
+            const Bwd<X, S> bwd = {static_cast<const X*>(dy),
+                                   static_cast<const S*>(ds),
+                                   static_cast<const S*>(s),
+                                   w.data,
+                                   rstd,
+                                   static_cast<X*>(dx),
+                                   dresidual,
+                                   dweight,
+                                   rows,
+                                   cols,
+                                   dy_row_stride,
+                                   ds_row_stride,
+                                   s_row_stride,
+                                   residual_dtype,
+                                   weight_dtype};
+            bwd.run();
         };
         if (s_dtype == x_dtype) return run(X{});
         run(float{});

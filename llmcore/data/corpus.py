@@ -12,7 +12,9 @@ import hashlib
 import os
 import sysconfig
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -34,6 +36,14 @@ class Corpus:
     train: np.ndarray
     valid: np.ndarray
     source: str
+
+    @cached_property
+    def fingerprint(self) -> dict[str, dict[str, int | str]]:
+        """Size and SHA-256 of both parts, by which a run that goes on knows its text again."""
+        parts = {"train": self.train, "valid": self.valid}
+        return {
+            name: {"bytes": part.size, "sha256": hashlib.sha256(part.data).hexdigest()} for name, part in parts.items()
+        }
 
     def describe(self) -> str:
         return f"{self.source}: {self.train.size:,} bytes to train on, {self.valid.size:,} held out"
@@ -114,8 +124,22 @@ def read(path: Path, files: list[str]) -> np.ndarray:
 
 
 def _walk(root: Path, left_out: frozenset[str]) -> list[str]:
-    found = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in left_out and not name.startswith((".", "__pycache__"))]
+    """The files below `root`, through links as well. A folder that is there twice is read once: no endless round, and
+    no text on both sides of the split."""
+    found: list[str] = []
+    seen: set[str] = set()
+    for folder, folders, names in os.walk(root, onerror=_unreadable, followlinks=True):
+        place = os.path.realpath(folder)
+        if place in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = sorted(
+            name for name in folders if name not in left_out and not name.startswith((".", "__pycache__"))
+        )
         found += [(Path(folder) / name).relative_to(root).as_posix() for name in names if not name.startswith(".")]
     return sorted(found)
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    raise DataError(f"the folder {error.filename} cannot be read: {error.strerror or error}.") from error

@@ -159,7 +159,8 @@ class Decoder(nn.Module):
             raise ValueError(f"Decoder: targets must be int64 or int32, but they are {targets.dtype}.")
         V = self.config.vocab_size
         for name, tokens in (("input_ids", input_ids), ("targets", targets)):
-            if tokens is not None and tokens.device.type == "cpu" and tokens.numel() and not is_compiling():
+            # Values can be read from real tensors only: not while compiling, not from FakeTensors.
+            if type(tokens) is Tensor and tokens.device.type == "cpu" and not is_compiling():
                 seen = tokens if name == "input_ids" else tokens[tokens != -100]
                 if seen.numel() and (seen.amin() < 0 or seen.amax() >= V):
                     raise ValueError(

@@ -2,7 +2,7 @@
 
     step_100/model.safetensors, config.json   the model, as llmcore.models.save and load write and read it
     step_100/optimizer.safetensors            AdamW's state, one tensor per parameter and moment
-    step_100/meta.json                        step, seconds, configuration, commit, versions, files' sizes and SHA-256
+    step_100/meta.json                        step, seconds, configuration, commit, versions, SHA-256 of text and files
 
 It is written to step_100.tmp, flushed to the disk and renamed; it is verified before it is read; nothing is unpickled.
 """
@@ -39,6 +39,7 @@ def save_checkpoint(
     model: models.Decoder,
     optimizer: torch.optim.Optimizer,
     config: dict[str, Any],
+    text: dict[str, Any],
 ) -> Path:
     """Write run/step_N. One process only calls this; the others wait."""
     final, temporary = run / f"step_{step}", run / f"step_{step}.tmp"
@@ -51,6 +52,7 @@ def save_checkpoint(
         "step": step,
         "seconds": seconds,
         "config": config,
+        "text": text,
         "git_commit": git_commit(),
         "versions": {"llmcore": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "files": files,
@@ -65,7 +67,7 @@ def save_checkpoint(
 
 def verify(checkpoint: Path) -> dict[str, Any]:
     """meta.json of a checkpoint all of whose files are as they were written. Raises CheckpointError otherwise."""
-    if not checkpoint.is_dir():
+    if not os.path.isdir(checkpoint):
         raise CheckpointError(f"there is no checkpoint {checkpoint}; allowed is a checkpoint's or a run's directory.")
     path = checkpoint / META
     if not path.is_file():

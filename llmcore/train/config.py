@@ -71,11 +71,11 @@ class TrainConfig:
     """Sequences per process and forward pass; smaller saves memory by accumulating gradients. Null is all at once."""
     seq_len: int = 256
     """Tokens per sequence."""
-    max_steps: int | None = 2000
+    max_steps: int | None = 1500
     """Stop after this many steps; null is no limit."""
     max_seconds: float | None = None
-    """Stop after this many seconds of training; null is no limit. The schedule follows whichever limit is nearer;
-    where that is the time, a run cannot be repeated exactly."""
+    """Stop after this many seconds of training, validations and checkpoints aside; null is no limit. The schedule
+    follows whichever limit is nearer; where that is the time, a run cannot be repeated exactly."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the matrix products; weights are always fp32. Auto is bf16 where the processor gains from it."""
     num_gpus: int | None = None
@@ -90,7 +90,7 @@ class TrainConfig:
     """Held-out tokens in a validation."""
     final_eval_tokens: int = 524288
     """Held-out tokens in the last validation."""
-    checkpoint_interval: int = 0
+    checkpoint_interval: int = 500
     """Steps between two checkpoints; 0 saves at the end only."""
     out_dir: str = "runs"
     """Folder of all runs."""
@@ -116,7 +116,7 @@ class TrainConfig:
             ("max_steps", self.max_steps, 1, None),
             ("max_seconds", self.max_seconds, 1, None),
             ("num_gpus", self.num_gpus, 1, None),
-            ("seed", self.seed, 0, None),
+            ("seed", self.seed, 0, 2**63 - 1),
             ("log_interval", self.log_interval, 1, None),
             ("eval_interval", self.eval_interval, 0, None),
             ("eval_tokens", self.eval_tokens, 1, None),
@@ -136,11 +136,22 @@ class TrainConfig:
         ):
             if value is None:
                 continue
-            if not low <= value <= (math.inf if high is None else high) or math.isinf(value):
+            if not low <= value <= (math.inf if high is None else high) or value == math.inf:
                 allowed = f"at least {low}" if high is None else f"from {low} to {high}"
                 raise ConfigError(f"{name} is {value}; allowed is {allowed}.")
         if self.max_steps is None and self.max_seconds is None:
             raise ConfigError("max_steps and max_seconds are both null; at least one of them must limit the run.")
+        if self.sample.top_p == 0:
+            raise ConfigError("sample.top_p is 0; allowed is more than 0, up to 1.")
+        for name, text in (
+            ("sample.prompt", self.sample.prompt),
+            ("data.train", self.data.train),
+            ("data.valid", self.data.valid),
+            ("out_dir", self.out_dir),
+            ("resume", self.resume),
+        ):
+            if text is not None and not _is_utf8(text):
+                raise ConfigError(f"{name} is {ascii(text)}; allowed is text that UTF-8 can encode.")
         if not self.sample.prompt and self.sample.tokens:
             raise ConfigError("sample.prompt is empty; a sample needs at least one character to continue.")
 
@@ -155,6 +166,14 @@ class TrainConfig:
             )
         size = self.micro_batch_size or self.batch_size // world_size
         return size, self.batch_size // (size * world_size)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def model_config(config: TrainConfig) -> ModelConfig:

@@ -3,12 +3,14 @@
 Each rank holds a copy of the model and works on one slice of the batch; DDP averages the gradients.
 """
 
+import logging
 import os
+import signal
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llmcore.train.config import ConfigError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,36 +45,57 @@ class World:
         dist.broadcast_object_list(box, device=torch.device("cpu"))
         return box[0]
 
-    def wait(self) -> None:
-        """Until all ranks are here."""
-        self.from_first(None)
+    def on_first(self, function: Callable[[], T]) -> T:
+        """Rank 0 calls `function`; what it returns, all ranks return, and what it raises, all ranks raise."""
+        outcome: Any = None
+        if self.rank == 0:
+            try:
+                outcome = function()
+            except Exception as error:
+                outcome = error
+        outcome = self.from_first(outcome)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
 
 def launched() -> bool:
     """Whether torchrun, or `launch`, started this process as one of several."""
-    return "WORLD_SIZE" in os.environ
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
 
 
 def is_first() -> bool:
     """Whether this process speaks for its machine."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    return not launched() or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def world_size(num_gpus: int | None) -> int:
     """The number of processes: the launcher's, or what was asked for."""
-    return int(os.environ["WORLD_SIZE"]) if launched() else num_gpus or 1
+    if not launched():
+        return num_gpus or 1
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        value, lowest = os.environ.get(name, "0"), int(name.endswith("WORLD_SIZE"))
+        if not value.isdecimal() or int(value) < lowest:
+            raise ConfigError(f"the environment's {name} is {value!r}; allowed is a whole number of at least {lowest}.")
+    size = int(os.environ["WORLD_SIZE"])
+    if num_gpus not in (None, size):
+        raise ConfigError(
+            f"num_gpus is {num_gpus}, but the launcher has started {size} processes; allowed is {size} or null."
+        )
+    return size
 
 
 def device(world_size: int) -> torch.device:
     """Where this process computes: its own GPU, or the CPU on a machine without one."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    here, available = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), torch.cuda.device_count()
+    here = int(os.environ["LOCAL_WORLD_SIZE"]) if launched() else world_size
+    available = torch.cuda.device_count()
     if here > available:
         raise ConfigError(
             f"{here} processes need {here} GPUs; this machine has {available}, so allowed is up to {available}."
         )
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) if launched() else 0)
 
 
 @contextmanager
@@ -81,6 +106,7 @@ def join(device: torch.device) -> Iterator[World]:
     if not launched():
         yield World(0, 1, device)
         return
+    signal.signal(signal.SIGINT, _interrupt_once)
     if device.type == "cpu":
         torch.set_num_threads(threads_per_process(int(os.environ["LOCAL_WORLD_SIZE"])))
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -88,6 +114,12 @@ def join(device: torch.device) -> Iterator[World]:
         yield World(dist.get_rank(), dist.get_world_size(), device)
     finally:
         dist.destroy_process_group()
+
+
+def _interrupt_once(*_: object) -> None:
+    """Ctrl-C reaches a process from the terminal and again from the launcher: the second must not cut off the first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def threads_per_process(local_size: int) -> int:
@@ -106,6 +138,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 def launch(count: int, command: list[str]) -> int:
     """Run `command` in `count` processes of this machine; the exit code of the first that fails, or 0."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -119,9 +152,14 @@ def launch(count: int, command: list[str]) -> int:
         local_addr="localhost",
         max_restarts=0,
     )
+    logging.disable(logging.WARNING)  # the launcher's own: the processes say why they stop
     try:
         elastic_launch(config, command[0])(*command[1:])
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
         return code if code > 0 else 128 - code
+    except SignalException as error:
+        return 128 + error.sigval
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     return 0

@@ -1,11 +1,13 @@
-"""What the machine is asked for before training: the allocator's thresholds and the precision it is fast in."""
+"""What the machine is asked for before training: backends, the allocator's thresholds, the precision it is fast in."""
 
 import ctypes
 import sys
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llmcore import _extension
+from llmcore.ops import _dispatch
 from llmcore.train.config import ConfigError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -33,3 +35,14 @@ def use_bf16(precision: str, device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     native = _extension.cpu()
     return native is not None and bool(native.bf16_matmul())
+
+
+def require_backends(device: torch.device) -> None:
+    """Raise a ConfigError if an op cannot run on `device`, as when LLMCORE_BACKEND asks for a backend it has not."""
+    with FakeTensorMode():  # makes no context on a GPU that is another process's
+        tensor = torch.empty(0, device=device)
+    try:
+        for name in _dispatch.registry:
+            _dispatch.resolve(name, tensor)
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise ConfigError(str(error)) from error

@@ -88,6 +88,13 @@ def _read(file: str) -> dict[str, Any]:
 
 def _check_keys(content: dict[str, Any], source: str) -> None:
     for key, value in content.items():
+        if key in GROUPS or key == "model":
+            if not isinstance(value, dict):
+                given = "empty" if value is None else repr(value)
+                raise ConfigError(f"{key} in {source} is {given}; allowed are keys and values, or to leave {key} out.")
+            wrong = [name for name in value if not isinstance(name, str)]
+            if wrong:
+                raise ConfigError(f"{key} in {source} has the key {wrong[0]!r}; allowed is the name of a field.")
         inner = value if key in GROUPS and isinstance(value, dict) else None
         for name in [str(key)] if inner is None else [f"{key}.{name}" for name in inner]:
             if name not in {*_keys(), *GROUPS}:

@@ -39,6 +39,7 @@ class Meter:
         self.loss = torch.zeros(())
         self.steps = 0
         self.began = time.perf_counter()
+        self.seconds_paused = 0.0  # in all
 
     def add(self, loss: Tensor) -> None:
         """One step's loss on this rank."""
@@ -54,9 +55,11 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        paused = time.perf_counter()
+        since = time.perf_counter()
         yield
-        self.began += time.perf_counter() - paused
+        seconds = time.perf_counter() - since
+        self.began += seconds
+        self.seconds_paused += seconds
 
 
 class Report:

@@ -3,6 +3,7 @@ written over: a run starts afresh, goes on in its own directory, or goes on from
 """
 
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from llmcore.data import Corpus
 from llmcore.train.checkpoint import CheckpointError, checkpoints, newest_checkpoint, verify
 from llmcore.train.config import ConfigError, TrainConfig
 
@@ -23,24 +25,52 @@ class Start:
     step: int = 0
     seconds: float = 0.0
     config: dict[str, Any] | None = None
+    text: dict[str, Any] | None = None
+
+    def require_text(self, corpus: Corpus) -> None:
+        """Raise a ConfigError if `corpus` is not the text that the checkpoint was trained on."""
+        for part, before in (self.text or {}).items():
+            now = corpus.fingerprint[part]
+            if now != before:
+                raise ConfigError(
+                    f"{corpus.source} has another {part} part than it had for {self.checkpoint}: {_text(now)}, and it "
+                    f"was {_text(before)}; restore it, or give --data.train to go on with this text."
+                )
 
 
 def find_start(config: TrainConfig) -> Start:
     """What `config.resume` and `config.name` mean. Only reads. Raises CheckpointError or ConfigError."""
-    named = Path(config.out_dir) / config.name if config.name is not None else None
+    start = _find_start(config)
+    if start.run is None:
+        _require_writable(Path(config.out_dir), "out_dir")
+    else:
+        _require_writable(start.run, "the run")
+    return start
+
+
+def _find_start(config: TrainConfig) -> Start:
+    named = None
+    if config.name is not None:
+        _check_name(config.name)
+        named = Path(config.out_dir) / config.name
     if config.resume == "auto":
         run = named if named is not None else _newest_run(Path(config.out_dir))
-        if run is None or not run.exists():
+        if run is None or not os.path.lexists(run):
             return Start()
         checkpoint = newest_checkpoint(run)
         return Start(run) if checkpoint is None else _from(checkpoint, run)
     if config.resume is not None and _is_run(Path(config.resume)):
         run = Path(config.resume)
+        if config.name is not None:
+            raise ConfigError(
+                f"name is {config.name!r}, but --resume {run} goes on in that run's own folder; "
+                "leave --name out, or resume from one of its checkpoints."
+            )
         checkpoint = newest_checkpoint(run)
         if checkpoint is None:
             raise CheckpointError(f"the run {run} holds no checkpoint to resume from.")
         return _from(checkpoint, run)
-    if named is not None and named.exists():
+    if named is not None and os.path.lexists(named):
         raise ConfigError(f"the run {named} exists already; choose another --name, or go on with --resume {named}.")
     return Start() if config.resume is None else _from(Path(config.resume), None)
 
@@ -61,11 +91,17 @@ def open_run(config: TrainConfig, start: Start) -> Path:
     try:
         run.mkdir(parents=True)
         (run / "config.yaml").write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"the run {run} cannot be made: {error.strerror or error}; choose another --out_dir."
-        ) from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"the run {run} cannot be made: {reason}; choose another --out_dir.") from error
     return run
+
+
+def how_to_go_on(run: Path | None) -> str:
+    """What the user of a run that was interrupted can do."""
+    if run is None or not checkpoints(run):
+        return "there is no checkpoint to go on from"
+    return f"--resume {run} goes on from its last checkpoint"
 
 
 def append_log(run: Path, **values: Any) -> None:
@@ -79,11 +115,30 @@ def read_log(run: Path) -> list[dict[str, Any]]:
 
 def _from(checkpoint: Path, run: Path | None) -> Start:
     meta = verify(checkpoint)
-    return Start(run, checkpoint, meta["step"], meta["seconds"], meta["config"])
+    return Start(run, checkpoint, meta["step"], meta["seconds"], meta["config"], meta.get("text"))
+
+
+def _text(facts: dict[str, Any]) -> str:
+    return f"{facts['bytes']:,} bytes of SHA-256 {facts['sha256'][:12]}"
+
+
+def _check_name(name: str) -> None:
+    if name in ("", ".", "..") or {"/", "\0", os.sep} & set(name) or len(os.fsencode(name)) > 255:
+        raise ConfigError(
+            f"name is {ascii(name)}; allowed is the name of a folder: up to 255 bytes, with no '/' or NUL."
+        )
+
+
+def _require_writable(path: Path, what: str) -> None:
+    place = next((place for place in (path, *path.parents) if os.path.exists(place)), path)
+    if not os.path.isdir(place):
+        raise ConfigError(f"{what} is {path}, but {place} is no folder; allowed is a folder, or one that can be made.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"{what} is {path}, but {place} cannot be written to; allowed is a folder that can be.")
 
 
 def _is_run(path: Path) -> bool:
-    return (path / "config.yaml").is_file()
+    return os.path.isfile(path / "config.yaml")
 
 
 def _newest_run(out_dir: Path) -> Path | None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from llmcore.data import DataError, load_corpus
-from llmcore.data.corpus import is_held_out, standard_library
+from llmcore.data.corpus import is_held_out, standard_library, text_files
 
 
 def test_standard_library_leaves_out_tests_and_tables():
@@ -75,3 +75,32 @@ def test_wrong_texts_are_named(tmp_path: Path):
     (tmp_path / "short.txt").write_text("short")
     with pytest.raises(DataError, match="6 bytes to train on; seq_len=256 needs at least 512"):
         load_corpus(str(tmp_path / "short.txt")).require(256)
+
+
+def test_links_are_followed_once(tmp_path: Path):
+    (tmp_path / "root" / "a").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "root" / "a" / "1.txt").write_text("one")
+    (tmp_path / "elsewhere" / "2.txt").write_text("two")
+    (tmp_path / "root" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root" / "linked_again").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root" / "a" / "round").symlink_to(tmp_path / "root")
+    assert text_files(tmp_path / "root") == ["a/1.txt", "linked/2.txt"]
+
+
+def test_unreadable_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(path: str):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("os.scandir", refuse)  # root may read anything
+    with pytest.raises(DataError, match="the folder .* cannot be read: Permission denied"):
+        text_files(tmp_path)
+
+
+def test_fingerprint_tells_texts_apart(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("text " * 100)
+    first = load_corpus(str(tmp_path / "a.txt")).fingerprint
+    assert first["train"]["bytes"] == 501 - 501 * 13 // 256 and len(str(first["valid"]["sha256"])) == 64
+    (tmp_path / "a.txt").write_text("text " * 99 + "texT ")
+    second = load_corpus(str(tmp_path / "a.txt")).fingerprint
+    assert second["train"] == first["train"] and second["valid"] != first["valid"]

@@ -1,6 +1,10 @@
 """Two processes over gloo train as one does at the same global batch, however they are started."""
 
+import os
+import signal
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +18,7 @@ from llmcore.train.config import ConfigError
 from llmcore.train.run import read_log
 
 Script = Callable[[list[str], list[str]], subprocess.CompletedProcess[str]]
+ROOT = Path(__file__).parents[2]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost", "--nproc_per_node", "2"]
 
 
@@ -72,3 +77,53 @@ def test_processors_are_shared_out(monkeypatch: pytest.MonkeyPatch):
     assert [distributed.threads_per_process(n) for n in (1, 2, 3, 16)] == [8, 4, 2, 1]
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert distributed.threads_per_process(2) == 3
+
+
+def test_folder_that_only_the_first_finds_unusable(small: list[str], tmp_path: Path, run_script: Script):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "tiny").symlink_to(tmp_path / "nowhere" / "deep")  # `exists` says no, mkdir says yes
+    result = run_script([], [*small, "--num_gpus", "2", "--out_dir", str(tmp_path / "runs" / "tiny" / "x")])
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr and result.stderr.count("cannot be made") == 1
+
+
+def test_ctrl_c_is_one_sentence(small: list[str], tmp_path: Path):
+    argv = [*small, "--num_gpus", "2", "--max_steps", "1000000", "--name", "a"]
+    command = [sys.executable, str(ROOT / "train_minimal.py"), *argv]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "runs" / "a" / "log.jsonl").is_file() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGINT)  # what the terminal does
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, error
+    lines = [line for line in error.splitlines() if line.strip()]
+    assert len(lines) == 1 and "train_minimal.py: interrupted; " in lines[0]
+
+
+def test_one_variable_makes_no_launcher(monkeypatch: pytest.MonkeyPatch):
+    for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert not distributed.launched() and distributed.world_size(2) == 2
+
+
+@pytest.mark.parametrize("value", ["abc", "0", "-1"])
+def test_launcher_that_says_nonsense(value: str, monkeypatch: pytest.MonkeyPatch):
+    for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("WORLD_SIZE", value)
+    with pytest.raises(ConfigError, match=f"WORLD_SIZE is '{value}'; allowed is a whole number of at least 1"):
+        distributed.world_size(None)
+
+
+def test_num_gpus_under_a_launcher(monkeypatch: pytest.MonkeyPatch):
+    for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "4")
+    with pytest.raises(ConfigError, match="num_gpus is 2, but the launcher has started 4 processes"):
+        distributed.world_size(2)
+    assert distributed.world_size(4) == distributed.world_size(None) == 4

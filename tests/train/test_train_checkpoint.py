@@ -22,6 +22,8 @@ CONFIG = models.ModelConfig.from_preset(
     "tiny", hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
 )
 
+TEXT = {"train": {"bytes": 3, "sha256": "ab"}}
+
 
 def trained(seed: int, steps: int = 2) -> tuple[models.Decoder, torch.optim.AdamW]:
     torch.manual_seed(seed)
@@ -37,7 +39,7 @@ def trained(seed: int, steps: int = 2) -> tuple[models.Decoder, torch.optim.Adam
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    return save_checkpoint(tmp_path, 3, 1.5, *trained(0), {"seed": 0})
+    return save_checkpoint(tmp_path, 3, 1.5, *trained(0), {"seed": 0}, TEXT)
 
 
 def test_round_trip(checkpoint: Path):
@@ -56,7 +58,7 @@ def test_meta(checkpoint: Path):
     meta = verify(checkpoint)
     assert (checkpoint.name, meta["step"], meta["seconds"], meta["config"]) == ("step_3", 3, 1.5, {"seed": 0})
     assert set(meta["files"]) == {"model.safetensors", "config.json", "optimizer.safetensors"}
-    assert meta["versions"]["torch"] == torch.__version__
+    assert meta["text"] == TEXT and meta["versions"]["torch"] == torch.__version__
     assert not list(checkpoint.parent.glob("*.tmp"))
 
 
@@ -92,7 +94,7 @@ def test_meta_that_is_no_meta(checkpoint: Path, content: bytes):
 
 def test_newest_that_verifies(checkpoint: Path):
     run = checkpoint.parent
-    newer = save_checkpoint(run, 20, 2.0, *trained(1), {})
+    newer = save_checkpoint(run, 20, 2.0, *trained(1), {}, TEXT)
     (run / "step_30.tmp").mkdir()  # cut off while writing
     assert newest_checkpoint(run) == newer
     (newer / "optimizer.safetensors").write_bytes(b"")
@@ -105,10 +107,10 @@ def test_newest_that_verifies(checkpoint: Path):
 def test_a_left_over_is_replaced_but_never_a_checkpoint(tmp_path: Path):
     (tmp_path / "step_3.tmp").mkdir()
     (tmp_path / "step_3.tmp" / "model.safetensors").write_text("half a file")
-    checkpoint = save_checkpoint(tmp_path, 3, 0.0, *trained(0), {})
+    checkpoint = save_checkpoint(tmp_path, 3, 0.0, *trained(0), {}, TEXT)
     before = (checkpoint / "meta.json").read_bytes()
     with pytest.raises(OSError):
-        save_checkpoint(tmp_path, 3, 9.0, *trained(1), {})
+        save_checkpoint(tmp_path, 3, 9.0, *trained(1), {}, TEXT)
     assert (checkpoint / "meta.json").read_bytes() == before
 
 

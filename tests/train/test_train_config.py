@@ -7,8 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 import train_minimal
+from llmcore.ops import _dispatch
 from llmcore.train.config import ConfigError, TrainConfig, model_config
 from llmcore.train.parse import parse
 
@@ -126,8 +128,18 @@ def test_exit_code_and_one_line(name: str, results: dict[str, subprocess.Complet
         (["--sample.tokens", "100000"], "sample.prompt and sample.tokens make 100004 tokens"),
         (["--sample.prompt", ""], "sample.prompt is empty"),
         (["--config", "missing.yaml"], "the configuration file missing.yaml does not exist."),
+        (["--seed=18446744073709551616"], "seed is 18446744073709551616; allowed is from 0 to 9223372036854775807."),
+        (["--sample.prompt", "a\udcff"], r"sample.prompt is 'a\udcff'; allowed is text that UTF-8 can encode."),
+        (["--sample.top_p", "0"], "sample.top_p is 0; allowed is more than 0"),
+        (["--name", "n" * 300], "allowed is the name of a folder"),
+        (["--name", "a\0b"], r"name is 'a\x00b'; allowed is the name of a folder"),
+        (["--name", "a/b"], "name is 'a/b'; allowed is the name of a folder"),
+        (["--out_dir", __file__], "is no folder"),
+        (["--out_dir", f"{__file__}/runs"], "is no folder"),
+        (["--resume", "r" * 300], "there is no checkpoint rrr"),
+        (["--model", "5"], "model is '5'; allowed is a set of keys and values."),
     ],
-    ids=lambda value: "_".join(value).strip("-") if isinstance(value, list) else "",
+    ids=lambda value: value[0].strip("-") if isinstance(value, list) else "",
 )
 def test_wrong_values(argv: list[str], words: str, capsys: pytest.CaptureFixture[str]):
     assert train_minimal.main([*argv, "--dry_run"] if "--seed" not in argv else argv) == 2
@@ -140,3 +152,30 @@ def test_empty_and_list_yaml(tmp_path: Path):
         (tmp_path / "c.yaml").write_text(content)
         with pytest.raises(ConfigError, match="allowed are keys such as"):
             parse(["--config", str(tmp_path / "c.yaml")], "")
+
+
+@pytest.mark.parametrize("section", ["optimizer:\n  # lr: 1\n", "optimizer: 5\n", "model:\n", "model: {1: 2}\n"])
+def test_sections_that_are_none(section: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "c.yaml").write_text(section)
+    assert train_minimal.main(["--config", str(tmp_path / "c.yaml"), "--dry_run"]) == 2
+    output = capsys.readouterr()
+    assert output.err.count("\n") == 1 and f"{section.split(':')[0]} in {tmp_path / 'c.yaml'} " in output.err
+
+
+@pytest.mark.parametrize(("backend", "words"), [("foo", "LLMCORE_BACKEND is 'foo'"), ("cuda", "the cuda backend, but")])
+def test_backend_that_cannot_run(
+    backend: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(_dispatch, "_process_backend", backend)
+    monkeypatch.setattr("llmcore.train.distributed.device", lambda _: torch.device("cpu"))
+    assert train_minimal.main(["--dry_run"]) == 2
+    output = capsys.readouterr()
+    assert output.err.count("\n") == 1 and words in output.err
+
+
+def test_folder_that_cannot_be_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("llmcore.train.run.os.access", lambda *_: False)  # root may write anywhere
+    assert train_minimal.main(["--dry_run", "--out_dir", str(tmp_path / "runs" / "more")]) == 2
+    assert f"but {tmp_path} cannot be written to" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """The whole run: it learns, stops, saves, resumes to the last bit, samples, and writes over nothing."""
 
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -150,3 +151,71 @@ def test_a_loss_that_is_not_finite_stops_the_run(small: list[str], tmp_path: Pat
     assert train_minimal.main(argv) == 1
     assert "lower optimizer.lr" in capsys.readouterr().err
     assert not list((tmp_path / "runs" / "a").glob("step_*"))
+
+
+def test_weights_that_are_not_finite_are_not_saved(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    argv = [*small, "--name", "a", "--max_steps", "1", "--optimizer.lr", "1e39", "--optimizer.warmup_steps", "0"]
+    assert train_minimal.main(argv) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "the largest weight is" in error and "no checkpoint to go on from" in error
+    assert not list((tmp_path / "runs" / "a").glob("step_*"))
+
+
+def test_no_sample_after_a_validation_that_is_not_finite(
+    small: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(train_minimal, "bits_per_byte", lambda *_: float("nan"))
+    assert train_minimal.main([*small, "--name", "a", "--max_steps", "1"]) == 1
+    assert "the loss on the held-out text is nan at step 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("interval", "words"), [("2", "goes on from its last checkpoint"), ("0", "no checkpoint")])
+def test_interrupted(
+    interval: str, words: str, small: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    steps = iter(range(3))
+
+    def three_steps(*arguments):
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+        return forward_backward(*arguments)
+
+    forward_backward = train_minimal.forward_backward
+    monkeypatch.setattr(train_minimal, "forward_backward", three_steps)
+    assert train_minimal.main([*small, "--name", "a", "--checkpoint_interval", interval]) == 130
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and words in error
+
+
+def test_validation_and_checkpoints_are_no_training_time(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def slow(*_: object) -> float:
+        time.sleep(0.3)
+        return 1.0
+
+    monkeypatch.setattr(train_minimal, "bits_per_byte", slow)
+    run(*small, "--name", "a", "--eval_interval", "1", "--max_steps", "4")
+    assert read_log(tmp_path / "runs" / "a")[-1]["seconds"] < 1
+
+
+def test_a_name_for_a_run_that_has_one(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run(*small, "--name", "a", "--max_steps", "1")
+    assert train_minimal.main(["--resume", str(tmp_path / "runs" / "a"), "--name", "b"]) == 2
+    assert "name is 'b', but --resume" in capsys.readouterr().err
+
+
+def test_text_that_changed(small: list[str], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    copy = tmp_path / "text"
+    shutil.copytree(text, copy)
+    run(*small, "--data.train", str(copy), "--name", "a", "--max_steps", "1")
+    with (copy / "0.txt").open("a") as file:
+        file.write("more")
+    again = ["--resume", str(tmp_path / "runs" / "a"), "--max_steps", "2"]
+    capsys.readouterr()
+    assert train_minimal.main(again) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{copy} " in error and "give --data.train to go on with this text" in error
+    run(*again, "--data.train", str(copy))

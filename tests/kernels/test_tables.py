@@ -1,0 +1,60 @@
+"""The tables of configurations answer for every device, dtype and head size that the ops accept."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from llmcore.kernels import (  # noqa: E402
+    apply_rotary,
+    attention_bwd,
+    attention_fwd,
+    attention_tiles,
+    device,
+    rms_norm,
+    swiglu,
+)
+
+ARCHITECTURES = {
+    0: device.INTERPRETER, 75: "sm_86", 80: "sm_80", 86: "sm_86", 87: "sm_80", 89: "sm_86", 90: "sm_90", 100: "sm_90",
+    103: "sm_90", 120: "sm_86",
+}  # fmt: skip
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request, monkeypatch) -> str:
+    monkeypatch.setattr(device, "capability", lambda _: request.param)
+    assert device.architecture(torch.device("cpu")) == ARCHITECTURES[request.param]
+    return ARCHITECTURES[request.param]
+
+
+def test_row_kernels(architecture):
+    for table in (rms_norm.TILES, rms_norm.PREFETCH_BYTES, swiglu.PIECES, apply_rotary.TILES):
+        assert architecture in table
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_attention(architecture, dtype, precision):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        for size in range(8, 257, 8):
+            q = torch.empty(1, 4, 1, size, dtype=dtype)
+            for v in (torch.empty(1, 4, 1, 8, dtype=dtype), torch.empty(1, 1, 1, 8, dtype=dtype).expand(1, 4, 1, 8)):
+                plan = attention_tiles.plan(q, q, v, (), 1.0, -1, 0)
+                for table in (attention_fwd.CONFIGS, attention_bwd.DKDV_CONFIGS, attention_bwd.DQ_CONFIGS):
+                    block_m, block_n, keywords = plan.tiles(table)
+                    assert block_m >= 16 and block_n >= 16 and attention_bwd.QUERY_MULTIPLE % block_m == 0
+                    assert keywords["BLOCK_D"] >= size and keywords["BLOCK_DV"] == 16
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("Tq, Tk", [(1, 9), (9, 1), (7, 7), (5, 11)])
+def test_limits_that_limit_nothing_are_dropped(Tq, Tk):
+    m, n = torch.arange(Tq)[:, None] + Tk - Tq, torch.arange(Tk)
+    for window in range(12):
+        left, right = attention_tiles.limits(window, window, Tq, Tk)
+        assert left == (-1 if (n >= m - window).all() else window)
+        assert right == (-1 if (n <= m + window).all() else window)
