@@ -2,6 +2,7 @@
 the same."""
 
 import ast
+import ctypes.util
 import json
 import os
 import subprocess
@@ -128,6 +129,11 @@ def test_wheel_with_a_compiler_has_the_module(source: Path, tmp_path: Path) -> N
     assert info["cpu"]["built"] and info["cuda"] == {"built": False, "reason": "LLMCORE_BUILD=cpu left it out"}
     assert [name for name in names if name.startswith("llmcore/_cpu.") and name.endswith(".so")]
 
+    # a shared inline function compiled for AVX-512 could be the one that every level calls
+    for path in source.glob("build/native-*/cpu/*.avx*.o"):
+        symbols = subprocess.run(["nm", path], capture_output=True, text=True, check=True).stdout.splitlines()
+        assert not [line for line in symbols if " W " in line], path
+
 
 def test_import_loads_neither_the_extension_nor_triton() -> None:
     late = ("llmcore._cpu", "llmcore._cuda", "triton")
@@ -143,6 +149,25 @@ def test_version_is_readable_without_torch() -> None:
 def test_absent_module_has_a_reason() -> None:
     for module, reason in ((_extension.cpu(), _extension.cpu_reason()), (_extension.cuda(), _extension.cuda_reason())):
         assert (module is None) == (reason is not None)
+
+
+@needs_cpu
+def test_module_finds_an_openmp_runtime_without_torch() -> None:
+    if not (ctypes.util.find_library("gomp") and _extension.build_info()["cpu"]["openmp"]):
+        pytest.skip("this system has no libgomp of its own, or the module is serial")
+    lines = (
+        "import importlib.util, sys, types",
+        "sys.modules['torch'] = types.ModuleType('torch')",
+        f"spec = importlib.util.spec_from_file_location('llmcore._extension', {str(_extension.__file__)!r})",
+        "package = types.ModuleType('llmcore')",
+        f"package.__path__ = [{str(Path(_extension.__file__).parent)!r}]",
+        "sys.modules['llmcore'] = package",
+        "extension = importlib.util.module_from_spec(spec)",
+        "spec.loader.exec_module(extension)",
+        "print(extension.cpu().isa())",
+    )
+    done = run("\n".join(lines))
+    assert done.stdout.strip() == NATIVE.isas()[-1], done.stderr
 
 
 @needs_cpu
