@@ -1,8 +1,9 @@
 """The recipe every op follows to become a PyTorch operator.
 
 `operator` defines `llmcore::name` with its implementation and its shape function; `differentiable` registers the
-backward on the Autograd key. An `autograd.Function` registered there by hand costs about half of
-`torch.library.register_autograd` per eager call and passes the same opcheck and fullgraph tests.
+backward on the Autograd key. An `autograd.Function` registered there by hand costs less per
+eager call than `torch.library.register_autograd` (forward 0.6 of it, forward and backward 0.75, on one Zen 3 core) and
+passes the same opcheck and fullgraph tests.
 """
 
 from collections.abc import Callable
