@@ -14,16 +14,40 @@ typedef uint64_t vq __attribute__((vector_size(LLMCORE_VECTOR_BYTES)));
 // lanes (0, 1, 2, 3, ...) -> (1, 0, 3, 2, ...)
 LLMCORE_INLINE vf swap_pairs(vf x) { return (vf)(((vq)x << 32) | ((vq)x >> 32)); }
 
-// x1 and x2 begin at the offsets first and second: exchanging them turns the rotation round
+// The channels [i, i + kVectors * VL) of both halves, for all heads: their angles stay in registers. x1 and x2 begin at
+// the offsets first and second: exchanging them turns the rotation round.
+template <bool kStream, int kVectors, class T>
+LLMCORE_INLINE void rotate_block(const T* x, T* out, const float* cos, const float* sin, int64_t i, int64_t heads,
+                                 int64_t stride, int64_t D, int64_t first, int64_t second) {
+    vf c[kVectors], s[kVectors];
+    for (int v = 0; v < kVectors; v++) {
+        c[v] = load(cos + i + v * VL);
+        s[v] = load(sin + i + v * VL);
+    }
+    for (int64_t h = 0; h < heads; h++, x += stride, out += D) {
+        for (int v = 0; v < kVectors; v++) {
+            const vf x1 = load(x + first + i + v * VL), x2 = load(x + second + i + v * VL);
+            store_output<kStream>(out + first + i + v * VL, x1 * c[v] - x2 * s[v], Whole{});
+            store_output<kStream>(out + second + i + v * VL, x2 * c[v] + x1 * s[v], Whole{});
+        }
+    }
+}
+
 template <bool kStream, class T>
-LLMCORE_INLINE void rotate_halves(const T* x, T* out, const float* cos, const float* sin, int64_t half, int64_t first,
-                                  int64_t second) {
-    for_vectors(half, [&](int64_t i, auto lanes) {
+LLMCORE_INLINE void rotate_halves(const T* x, T* out, const float* cos, const float* sin, int64_t half, int64_t heads,
+                                  int64_t stride, int64_t D, int64_t first, int64_t second) {
+    int64_t i = 0;
+    for (; i + 4 * VL <= half; i += 4 * VL) rotate_block<kStream, 4>(x, out, cos, sin, i, heads, stride, D, first, second);
+    for (; i + 2 * VL <= half; i += 2 * VL) rotate_block<kStream, 2>(x, out, cos, sin, i, heads, stride, D, first, second);
+    for (; i + VL <= half; i += VL) rotate_block<kStream, 1>(x, out, cos, sin, i, heads, stride, D, first, second);
+    if (i == half) return;
+    const int lanes = int(half - i);
+    const vf c = load(cos + i, lanes), s = load(sin + i, lanes);
+    for (int64_t h = 0; h < heads; h++, x += stride, out += D) {
         const vf x1 = load(x + first + i, lanes), x2 = load(x + second + i, lanes);
-        const vf c = load(cos + i, lanes), s = load(sin + i, lanes);
-        store_output<kStream>(out + first + i, x1 * c - x2 * s, lanes);
-        store_output<kStream>(out + second + i, x2 * c + x1 * s, lanes);
-    });
+        store(out + first + i, x1 * c - x2 * s, lanes);
+        store(out + second + i, x2 * c + x1 * s, lanes);
+    }
 }
 
 // cos2 and sin2 hold every value twice, sin2 with the sign of the pair's first and second element
@@ -58,14 +82,14 @@ void rotate(const T* q, const T* k, T* q_out, T* k_out, const float* cos, const 
                 }
             }
             const auto heads = [&](const T* x, T* out, int64_t count, int64_t stride) {
+                if (!interleaved) {
+                    rotate_halves<kStream>(x, out, c, s, half, count, stride, D, inverse ? half : 0, inverse ? 0 : half);
+                }
+                if (!interleaved && R == D) return;
                 for (int64_t h = 0; h < count; h++) {
                     const T* const from = x + h * stride;
                     T* const to = out + h * D;
-                    if (interleaved) {
-                        rotate_pairs<kStream>(from, to, cos2, sin2, R);
-                    } else {
-                        rotate_halves<kStream>(from, to, c, s, half, inverse ? half : 0, inverse ? 0 : half);
-                    }
+                    if (interleaved) rotate_pairs<kStream>(from, to, cos2, sin2, R);
                     if (R < D) __builtin_memcpy(to + R, from + R, std::size_t(D - R) * sizeof(T));
                 }
             };
@@ -82,7 +106,7 @@ void apply_rotary(const void* q, const void* k, void* q_out, void* k_out, const 
                   int64_t q_stride_b, int64_t q_stride_t, int64_t q_stride_h, int64_t k_stride_b, int64_t k_stride_t,
                   int64_t k_stride_h, int64_t pos_stride_b, int64_t pos_stride_t, bool interleaved, bool inverse,
                   DType dtype) {
-    visit(dtype, [&](auto element) {
+    with_element(dtype, [&](auto element) {
         using E = decltype(element);
         E *const q_to = static_cast<E*>(q_out), *const k_to = static_cast<E*>(k_out);
         const int64_t count = B * T * (H + K) * D;

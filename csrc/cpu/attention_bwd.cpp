@@ -9,40 +9,11 @@
 //
 // B batch, H query heads, K key heads, G = H / K, Tq queries, Tk keys, D and Dv head sizes
 #include "cpu/attention.h"
-#include "cpu/attention_pack.h"
+#include "cpu/attention_bwd_pack.h"
+#include "cpu/parallel.h"
 
 namespace llmcore::LLMCORE_ISA {
 namespace {
-
-struct Operands {
-    Operand q, k, v, dout, out;
-    const float *lse, *dlse;
-    void *dq, *dk, *dv;
-};
-
-// An item's operands. "columns": transposed, the vector side of scores; "rows": the vector side of sums over queries (or over
-// keys, for k); "words": the broadcast side.
-template <class M>
-struct PackedItem {
-    using Word = typename M::Word;
-    Word *q_columns, *q_rows, *dout_columns, *dout_rows, *k_words, *k_rows, *v_words;
-    float *lse, *delta;
-    BlockRange* range;
-
-    void place(Layout& layout, const Problem& p) {
-        const int64_t blocks = p.blocks(), rows = blocks * block_rows;
-        q_columns = layout.take<Word>(rows * p.D / M::per_word);
-        q_rows = layout.take<Word>(rows / M::per_word * leading(p.D));
-        dout_columns = layout.take<Word>(rows * p.Dv / M::per_word);
-        dout_rows = layout.take<Word>(rows / M::per_word * leading(p.Dv));
-        k_words = layout.take<Word>((p.Tk + tile_rows) * leading(p.D / M::per_word));
-        k_rows = M::per_word == 1 ? k_words : layout.take<Word>((p.Tk + 1) / 2 * leading(p.D));
-        v_words = layout.take<Word>((p.Tk + tile_rows) * leading(p.Dv / M::per_word));
-        lse = layout.take<float>(rows);
-        delta = layout.take<float>(rows);
-        range = layout.take<BlockRange>(blocks);
-    }
-};
 
 // A split's sum for dq.
 struct QueryGradient {
@@ -57,7 +28,7 @@ template <class M>
 struct BwdTile {
     using Word = typename M::Word;
     float *scores, *dp, *dk, *dv;
-    Word *p, *ds, *ds_pairs, *rows, *out_columns, *out_rows;
+    Word *p, *ds, *ds_pairs;
 
     void place(Layout& layout, const Problem& problem) {
         constexpr int size = block_keys * block_rows;
@@ -69,89 +40,8 @@ struct BwdTile {
         p = floats ? (Word*)scores : layout.take<Word>(size / 2);
         ds = floats ? (Word*)dp : layout.take<Word>(size / 2);
         ds_pairs = floats ? (Word*)dp : layout.take<Word>(size / 2);
-        out_columns = layout.take<Word>(block_rows * problem.Dv / M::per_word);
-        out_rows = layout.take<Word>(block_rows / M::per_word * leading(problem.Dv));
-        rows = floats ? nullptr : layout.take<Word>(block_rows * leading(most(problem.D, problem.Dv) / 2));
     }
 };
-
-// One block of q or dout: `rows` of n elements, then zeros up to the end of their last vector.
-template <class T>
-void pack_queries(Floats m, const Operand& x, Row row, int rows, int64_t n, float*, float* columns, float* to) {
-    const int64_t stride = leading(n);
-    for (int i = 0; i < rows; ++i, row.next()) pack_row(m, x.at<T>(row.b, row.t, row.h()), n, to + i * stride);
-    const int padded = vectors(rows) * VL;
-    fill_zero(to + rows * stride, (padded - rows) * stride);
-    pack_transposed(to, stride, padded, n, columns);
-}
-
-template <class T>
-void pack_queries(Bf16Pairs m, const Operand& x, Row row, int rows, int64_t n, uint32_t* words, uint32_t* columns,
-                  uint32_t* to) {
-    const int64_t words_stride = leading(n / 2);
-    const T* even = nullptr;
-    for (int i = 0; i < rows; ++i, row.next()) {
-        const T* from = x.at<T>(row.b, row.t, row.h());
-        pack_row(m, from, n, words + i * words_stride);
-        if (i % 2 == 0) even = from;
-        if (i % 2 == 1 || i + 1 == rows) pack_row_pair(even, i % 2 == 1 ? from : nullptr, n, to + i / 2 * leading(n));
-    }
-    const int padded = vectors(rows) * VL;
-    fill_zero(words + rows * words_stride, (padded - rows) * words_stride);
-    pack_transposed(words, words_stride, padded, n / 2, columns);
-}
-
-// dout_i . out_i, summed in the same order as the products dout_i . v_j: for a row that sees one key, whose out is v_j, they are
-// then equal and ds is exactly 0.
-template <class M>
-void set_delta(const typename M::Word* dout_columns, const typename M::Word* out_columns, int64_t words, int rows, float* delta) {
-    using Words = typename M::Words;
-    for (int i = 0; i < rows; i += VL) {
-        vf sum = zero();
-        for (int64_t from = 0; from < words; from += sum_part(words)) {
-            vf part = zero();
-            for (int64_t k = from; k < least(from + sum_part(words), words); ++k) {
-                const int64_t at = k * block_rows + i;
-                part = multiply_add(load_bits<Words>(out_columns + at), load_bits<Words>(dout_columns + at), part);
-            }
-            sum += part;
-        }
-        store(delta + i, sum);
-    }
-}
-
-template <class M, class T>
-void pack_block(const Problem& p, const Operands& x, int64_t item, int64_t block, const BwdTile<M>& w, const PackedItem<M>& to) {
-    const int64_t first = block * block_rows, dv_words = p.Dv / M::per_word;
-    const int rows = int(least(p.rows() - first, block_rows));
-    Row row = p.row(item, first);
-    to.range[block].set(p, row, rows);
-    pack_queries<T>(M{}, x.q, row, rows, p.D, w.rows, to.q_columns + first * p.D / M::per_word,
-                    to.q_rows + first / M::per_word * leading(p.D));
-    pack_queries<T>(M{}, x.dout, row, rows, p.Dv, w.rows, to.dout_columns + first * dv_words,
-                    to.dout_rows + first / M::per_word * leading(p.Dv));
-    pack_queries<T>(M{}, x.out, row, rows, p.Dv, w.rows, w.out_columns, w.out_rows);
-    float *lse = to.lse + first, *delta = to.delta + first;
-    set_delta<M>(to.dout_columns + first * dv_words, w.out_columns, dv_words, rows, delta);
-    for (int i = 0; i < rows; ++i, row.next()) {
-        const int64_t at = p.lse_index(row);
-        const bool seeing = x.lse[at] != -infinity;
-        lse[i] = seeing ? x.lse[at] : infinity;  // a row that sees nothing gets weights 0
-        delta[i] = seeing ? delta[i] - (x.dlse == nullptr ? 0.0f : x.dlse[at]) : 0.0f;
-    }
-    for (int i = rows; i < block_rows; ++i) {
-        lse[i] = infinity;
-        delta[i] = 0.0f;
-    }
-}
-
-template <class M, class T>
-void pack_keys(const Problem& p, const Operands& x, int64_t item, const PackedItem<M>& to) {
-    const T *k = p.keys<T>(x.k, item), *v = p.keys<T>(x.v, item);
-    pack_broadcast_keys(M{}, k, x.k.stride_t, p.Tk, p.D, to.k_words);
-    pack_broadcast_keys(M{}, v, x.v.stride_t, p.Tk, p.Dv, to.v_words);
-    if constexpr (M::per_word == 2) pack_vector_keys(M{}, k, x.k.stride_t, p.Tk, p.D, to.k_rows);
-}
 
 template <int N>
 LLMCORE_INLINE void store_weights(const BwdTile<Floats>& w, int key, int column, const vf (&p)[2 * N], const vf (&ds)[2 * N]) {
@@ -219,7 +109,7 @@ void add_block(const Problem& p, const PackedItem<M>& x, const BwdTile<M>& w, in
     constexpr int per_word = M::per_word;
     const int64_t k_stride = leading(p.D / per_word), v_stride = leading(p.Dv / per_word);
     const int64_t d_stride = leading(p.D), dv_stride = leading(p.Dv), first_row = block * block_rows;
-    const int rows = int(least(p.rows() - first_row, block_rows)), padded_keys = round_up(keys, tile_rows);
+    const int rows = p.rows_of(block), padded_rows = round_up(rows, tile_rows), padded_keys = round_up(keys, tile_rows);
     const BlockRange& range = x.range[block];
     by_twos(vectors(rows), [&](auto count, int vector) {
         constexpr int N = decltype(count)::value;
@@ -236,6 +126,10 @@ void add_block(const Problem& p, const PackedItem<M>& x, const BwdTile<M>& w, in
         }
         gradient_panel<M, N>(w, range, x.lse + first_row, x.delta + first_row, column, first, padded_keys, begin, end);
     });
+
+    for (int columns = vectors(rows) * VL, j = 0; columns < padded_rows && j < padded_keys / per_word; ++j) {
+        fill_zero(w.ds_pairs + j * block_rows + columns, padded_rows - columns);
+    }
 
     constexpr int most_tiles = block_keys / tile_rows > block_rows / tile_rows ? block_keys / tile_rows : block_rows / tile_rows;
     int64_t begin[most_tiles], words[most_tiles];
@@ -285,7 +179,7 @@ void add_tile(const Problem& p, const Operands& o, const PackedItem<M>& x, const
         if (p.meets(block, first, keys)) add_block(p, x, w, block, first, keys, dq);
     }
     for (int j = 0; j < keys; ++j) {
-        const int64_t row = (item / p.K * p.Tk + first + j) * p.K + item % p.K;
+        const int64_t row = p.output_key(item, first + j);
         write_scaled(w.dk + j * d_stride, p.scale, p.D, (T*)o.dk + row * p.D);
         write_scaled(w.dv + j * dv_stride, 1.0f, p.Dv, (T*)o.dv + row * p.Dv);
     }
@@ -293,11 +187,12 @@ void add_tile(const Problem& p, const Operands& o, const PackedItem<M>& x, const
 
 // The splits' sums of a block, added in order and written.
 template <class T>
-void write_dq(const Problem& p, int64_t item, int64_t block, std::uintptr_t sums, int64_t first_sum, int64_t splits, T* dq) {
-    const int64_t first = block * block_rows, stride = leading(p.D), rows = least(p.rows() - first, block_rows);
-    float* total = part_at<QueryGradient>(sums, first_sum, p).sum + first * stride;
+void write_dq(const Problem& p, int64_t item, int64_t block, const Parts<QueryGradient>& sums, int64_t first_sum, int64_t splits,
+              T* dq) {
+    const int64_t first = block * block_rows, stride = leading(p.D), rows = p.rows_of(block);
+    float* total = sums.at(first_sum).sum + first * stride;
     for (int64_t s = 1; s < splits; ++s) {
-        const float* more = part_at<QueryGradient>(sums, first_sum + s, p).sum + first * stride;
+        const float* more = sums.at(first_sum + s).sum + first * stride;
         for (int64_t i = 0; i < rows * stride; i += VL) store(total + i, load(total + i) + load(more + i));
     }
     Row row = p.row(item, first);
@@ -326,6 +221,7 @@ struct Share {
     }
 };
 
+// With enough items each thread takes whole ones. Otherwise all are packed first and the threads share their tiles.
 template <class M, class T>
 void backward(const Problem& p, const Operands& o) {
     const int64_t items = p.items(), blocks = p.blocks(), tiles = (p.Tk + block_keys - 1) / block_keys;
@@ -333,13 +229,10 @@ void backward(const Problem& p, const Operands& o) {
     int64_t splits = 1;
     while (!is_balanced(items * splits, threads) && splits < least(tiles, 2 * threads)) ++splits;
     const bool whole = splits == 1;
-    const int64_t packs = whole ? threads : items, sums = whole ? threads : items * splits;
-
-    const std::size_t packed_bytes = part_size<PackedItem<M>>(p) * std::size_t(packs);
-    const std::size_t sum_bytes = part_size<QueryGradient>(p) * std::size_t(sums);
-    const Block memory(packed_bytes + sum_bytes + part_size<BwdTile<M>>(p) * std::size_t(threads));
-    const std::uintptr_t packed_base = (std::uintptr_t)memory.data, sum_base = packed_base + packed_bytes;
-    const std::uintptr_t work_base = sum_base + sum_bytes;
+    const Parts<BwdTile<M>> work(p, threads);
+    const Parts<BwdPacking<M>> packing(p, threads);
+    const Parts<PackedItem<M>> packs(p, whole ? threads : items);
+    const Parts<QueryGradient> sums(p, whole ? threads : items * splits);
 
     const auto add_tiles = [&](int64_t item, const Share& share, const PackedItem<M>& x, const BwdTile<M>& w, float* dq) {
         fill_zero(dq, blocks * block_rows * leading(p.D));
@@ -348,31 +241,28 @@ void backward(const Problem& p, const Operands& o) {
     if (whole) {
         const Share all(p, 0, 1);
         parallel_dynamic(threads > 1, items, [&](int64_t item, int thread) {
-            const auto x = part_at<PackedItem<M>>(packed_base, thread, p);
-            const auto w = part_at<BwdTile<M>>(work_base, thread, p);
-            pack_keys<M, T>(p, o, item, x);
-            for (int64_t block = 0; block < blocks; ++block) pack_block<M, T>(p, o, item, block, w, x);
-            add_tiles(item, all, x, w, part_at<QueryGradient>(sum_base, thread, p).sum);
-            for (int64_t block = 0; block < blocks; ++block) write_dq(p, item, block, sum_base, thread, 1, (T*)o.dq);
+            const PackedItem<M> x = packs.at(thread);
+            pack_keys<M, T>(p, o, item, 0, p.Tk, x);
+            for (int64_t block = 0; block < blocks; ++block) pack_block<M, T>(p, o, item, block, packing.at(thread), x);
+            add_tiles(item, all, x, work.at(thread), sums.at(thread).sum);
+            for (int64_t block = 0; block < blocks; ++block) write_dq(p, item, block, sums, thread, 1, (T*)o.dq);
         });
         return;
     }
-    parallel_dynamic(true, items * (blocks + 1), [&](int64_t i, int thread) {
-        const int64_t item = i / (blocks + 1), block = i % (blocks + 1);
-        const auto x = part_at<PackedItem<M>>(packed_base, item, p);
-        if (block == blocks) {
-            pack_keys<M, T>(p, o, item, x);
+    const int64_t shares = pack_shares(p.Tk), parts = blocks + shares;
+    parallel_dynamic(true, items * parts, [&](int64_t i, int thread) {
+        const int64_t item = i / parts, part = i % parts, begin = (part - blocks) * pack_share;
+        if (part < blocks) {
+            pack_block<M, T>(p, o, item, part, packing.at(thread), packs.at(item));
         } else {
-            pack_block<M, T>(p, o, item, block, part_at<BwdTile<M>>(work_base, thread, p), x);
+            pack_keys<M, T>(p, o, item, begin, least(begin + pack_share, p.Tk), packs.at(item));
         }
     });
     parallel_dynamic(true, items * splits, [&](int64_t i, int thread) {
-        const auto w = part_at<BwdTile<M>>(work_base, thread, p);
-        add_tiles(i / splits, Share(p, i % splits, splits), part_at<PackedItem<M>>(packed_base, i / splits, p), w,
-                  part_at<QueryGradient>(sum_base, i, p).sum);
+        add_tiles(i / splits, Share(p, i % splits, splits), packs.at(i / splits), work.at(thread), sums.at(i).sum);
     });
     parallel_dynamic(true, items * blocks, [&](int64_t i, int) {
-        write_dq(p, i / blocks, i % blocks, sum_base, i / blocks * splits, splits, (T*)o.dq);
+        write_dq(p, i / blocks, i % blocks, sums, i / blocks * splits, splits, (T*)o.dq);
     });
 }
 

@@ -63,8 +63,6 @@ PYBIND11_MODULE(_cpu, m) {
     bind(m, "swiglu_bwd", level.kernels->swiglu_bwd);
     bind(m, "attention_fwd", level.kernels->attention_fwd);
     bind(m, "attention_bwd", level.kernels->attention_bwd);
-    bind(m, "attention_fwd", level.kernels->attention_fwd);
-    bind(m, "attention_bwd", level.kernels->attention_bwd);
 
     m.def("isa", [name = level.name] { return name; }, "The instruction-set level in use.");
     m.def(

@@ -15,14 +15,14 @@ namespace {
 
 // to = n elements of `from` as floats, + bias
 void widen_row(const void* from, DType dtype, int64_t first, int64_t n, float bias, float* to) {
-    visit(dtype, [&](auto element) {
+    with_element(dtype, [&](auto element) {
         const auto* const row = static_cast<const decltype(element)*>(from) + first;
         for_vectors(n, [&](int64_t i, auto lanes) { store(to + i, load(row + i, lanes) + bias, lanes); });
     });
 }
 
 void narrow_row(const float* from, int64_t n, void* to, DType dtype, int64_t first) {
-    visit(dtype, [&](auto element) {
+    with_element(dtype, [&](auto element) {
         auto* const row = static_cast<decltype(element)*>(to) + first;
         for_vectors(n, [&](int64_t i, auto lanes) { store(row + i, load(from + i, lanes), lanes); });
     });
@@ -53,15 +53,15 @@ LLMCORE_INLINE vf store_rounded(float* p, vf x, Lanes lanes) {
 }
 template <class Lanes>
 LLMCORE_INLINE vf store_rounded(bf16_t* p, vf x, Lanes lanes) {
-    x = widen_bf16(narrow_bf16(x));
-    store(p, x, lanes);
-    return x;
+    const vh rounded = narrow_bf16(x);
+    store_halves(p, rounded, lanes);
+    return widen_bf16(rounded);
 }
 template <class Lanes>
 LLMCORE_INLINE vf store_rounded(fp16_t* p, vf x, Lanes lanes) {
-    x = widen_fp16(narrow_fp16(x));
-    store(p, x, lanes);
-    return x;
+    const vh rounded = narrow_fp16(x);
+    store_halves(p, rounded, lanes);
+    return widen_fp16(rounded);
 }
 
 // y = row * rstd * w
@@ -229,7 +229,7 @@ void rms_norm_fwd(const void* x, const void* residual, const void* weight, void*
                   DType x_dtype, DType residual_dtype, DType weight_dtype) {
     if (rows == 0 || cols == 0) return;
     const Weight w(weight, weight_dtype, weight_offset, cols);
-    visit(x_dtype, [&](auto x_element) {
+    with_element(x_dtype, [&](auto x_element) {
         using X = decltype(x_element);
         const X* const x_rows = static_cast<const X*>(x);
         X* const y_rows = static_cast<X*>(y);
@@ -257,7 +257,7 @@ void rms_norm_bwd(const void* dy, const void* ds, const void* s, const void* wei
     if (cols == 0) return;
     if (s_dtype != x_dtype && s_dtype != DType::f32) throw std::invalid_argument("s_dtype must be x_dtype or float32.");
     const Weight w(weight, weight_dtype, weight_offset, cols);
-    visit(x_dtype, [&](auto x_element) {
+    with_element(x_dtype, [&](auto x_element) {
         using X = decltype(x_element);
         const auto run = [&](auto s_element) {
             using S = decltype(s_element);

@@ -1,4 +1,4 @@
-// What the row kernels share: walking a row vector by vector, the element types of a call, scratch memory.
+// What the row kernels share: walking a row vector by vector, streamed stores, scratch memory.
 //
 // A loop body is written once, for `lanes` being Whole (a full vector) or an int (the first lanes of the row's last,
 // partial vector). Internal linkage, for the reason given in simd.h.
@@ -29,6 +29,8 @@ LLMCORE_INLINE void store(T* p, vf x, Whole) {
     store(p, x);
 }
 
+LLMCORE_INLINE void store_halves(void* p, vh x, Whole) { store_bits(p, x); }
+
 // Outputs of this size are out of the caches before anyone reads them. Stores that bypass the caches spare the reading
 // of what is overwritten: measured on Zen 3, 1.05 to 1.4 times faster from here on, slower for the next reader below.
 constexpr int64_t kStreamBytes = int64_t(32) << 20;
@@ -42,11 +44,11 @@ LLMCORE_INLINE bool worth_streaming(const T* p, int64_t count, int64_t piece) {
 
 // store at an address aligned to VL elements, past the caches where the processor can
 LLMCORE_INLINE void stream(float* p, vf x) {
-#if defined(__AVX512F__)
+#if defined(LLMCORE_AVX512)
     _mm512_stream_ps(p, (__m512)x);
-#elif defined(__AVX2__)
+#elif defined(LLMCORE_AVX2)
     _mm256_stream_ps(p, (__m256)x);
-#elif defined(__x86_64__)
+#elif defined(LLMCORE_SSE2)
     _mm_stream_ps(p, (__m128)x);
 #else
     store(p, x);
@@ -54,9 +56,9 @@ LLMCORE_INLINE void stream(float* p, vf x) {
 }
 
 LLMCORE_INLINE void stream_halves(void* p, vh x) {
-#if defined(__AVX512F__)
+#if defined(LLMCORE_AVX512)
     _mm256_stream_si256((__m256i*)p, (__m256i)x);
-#elif defined(__AVX2__)
+#elif defined(LLMCORE_AVX2)
     _mm_stream_si128((__m128i*)p, (__m128i)x);
 #else
     store_bits(p, x);
@@ -122,19 +124,6 @@ LLMCORE_INLINE float sum_vectors(int64_t n, const F& f) {
     for (; i + VL <= n; i += VL) total += f(i, Whole{});
     if (i < n) total += f(i, int(n - i));
     return reduce_sum(total);
-}
-
-// f(T{}) with T the element type of the dtype
-template <class F>
-LLMCORE_INLINE void visit(DType dtype, const F& f) {
-    switch (dtype) {
-        case DType::f32:
-            return f(float{});
-        case DType::bf16:
-            return f(bf16_t{});
-        case DType::f16:
-            return f(fp16_t{});
-    }
 }
 
 // Uninitialised floats at a cache line's boundary.

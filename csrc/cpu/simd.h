@@ -170,13 +170,22 @@ LLMCORE_INLINE float reduce_max(vf x) {
 
 // ---- between floats and 16-bit elements -------------------------------------------------------------------------------------
 
-LLMCORE_INLINE vf widen_bf16(vh h) { return (vf)(__builtin_convertvector(h, vu) << 16); }
+LLMCORE_INLINE vf widen_bf16(vh h) {
+#if defined(LLMCORE_AVX2)
+    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)h), 16);
+#else
+    return (vf)(__builtin_convertvector(h, vu) << 16);
+#endif
+}
 
 LLMCORE_INLINE vh narrow_bf16(vf x) {
     const vu bits = (vu)x;
-    const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const vu quiet_nan = (bits >> 16) | 0x40u;
-    return __builtin_convertvector(x != x ? quiet_nan : rounded, vh);
+    const vi rounded = ((vi)(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16) | (x != x);  // a NaN becomes 0xffff
+#if defined(LLMCORE_AVX2)
+    return (vh)_mm_packs_epi32(_mm256_castsi256_si128((__m256i)rounded), _mm256_extracti128_si256((__m256i)rounded, 1));
+#else
+    return __builtin_convertvector((vu)rounded, vh);
+#endif
 }
 
 LLMCORE_INLINE vf widen_fp16(vh h) {

@@ -89,7 +89,7 @@ void swiglu_fwd(const void* gate, const void* up, void* y, int64_t rows, int64_t
         cols *= rows;
         rows = rows != 0;
     }
-    visit(dtype, [&](auto element) {
+    with_element(dtype, [&](auto element) {
         using T = decltype(element);
         T* const y_ = static_cast<T*>(y);
         with_streaming(worth_streaming(y_, rows * cols, cols), [&](auto streaming) {
@@ -105,7 +105,7 @@ void swiglu_bwd(const void* dy, const void* gate, const void* up, void* dgate, v
         cols *= rows;
         rows = rows != 0;
     }
-    visit(dtype, [&](auto element) {
+    with_element(dtype, [&](auto element) {
         using T = decltype(element);
         T *const dgate_ = static_cast<T*>(dgate), *const dup_ = static_cast<T*>(dup);
         const bool worth = worth_streaming(dgate_, rows * cols, cols) && worth_streaming(dup_, rows * cols, cols);
