@@ -1,7 +1,5 @@
 """Argument checks: each raises one sentence with the argument's name, what was given and what is allowed."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -34,8 +32,8 @@ def number(op: str, name: str, value: object) -> None:
         raise TypeError(f"{op}: {name} is {value!r}; allowed: a number.")
 
 
-def shape(op: str, name: str, tensor: Tensor, dims: str, expected: Sequence[int]) -> None:
-    if tuple(tensor.shape) != tuple(expected):
+def shape(op: str, name: str, tensor: Tensor, dims: str, expected: tuple[int, ...]) -> None:
+    if tensor.shape != expected:
         raise ValueError(f"{op}: {name} must be {dims} = {tuple(expected)}, but its shape is {tuple(tensor.shape)}.")
 
 

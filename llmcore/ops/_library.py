@@ -1,9 +1,11 @@
 """The recipe every op follows to become a PyTorch operator.
 
-`operator` defines `llmcore::name` with its implementation and its shape function; `differentiable` registers the
-backward on the Autograd key. An `autograd.Function` registered there by hand costs less per
-eager call than `torch.library.register_autograd` (forward 0.6 of it, forward and backward 0.75, on one Zen 3 core) and
-passes the same opcheck and fullgraph tests.
+`operator` defines `llmcore::name` with its implementation, its shape function and its backward, and returns the
+function that the op calls. Eager calls are short: where nothing but autograd could take an interest in a call, it goes
+to the implementation without PyTorch's dispatcher, whose way through Python kernels costs as much as a small kernel.
+Whoever listens (torch.compile, fake tensors, modes, transforms, tensor subclasses, the profiler) meets the operator.
+The backward is an `autograd.Function` on the Autograd key, which costs less per call than
+`torch.library.register_autograd` and passes the same opcheck and fullgraph tests (`python -m bench overhead`).
 """
 
 from collections.abc import Callable
@@ -24,37 +26,88 @@ _namespace: Any = torch.ops.llmcore
 if not hasattr(_namespace, "_library"):
     _namespace._library = torch.library.Library("llmcore", "FRAGMENT")
 _library: torch.library.Library = _namespace._library
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
+def _observed(args: tuple[Any, ...]) -> bool:
+    """Whether something other than autograd must see a call with these arguments, so that it has to be dispatched."""
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    ):
+        return True
+    for a in args:
+        if isinstance(a, Tensor) and (type(a) not in _PLAIN or a.is_meta):
+            return True
+    return False
+
+
+def _autograd_excluded() -> bool:
+    """Inside another operator's implementation: its own backward answers for what is called here."""
+    return torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality)
 
 
 def _has_tangent(value: Any) -> bool:
     return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
-def operator(schema: str, impl: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Defines `llmcore::<schema>` (positional arguments only) and returns the operator to call.
+def operator(
+    schema: str,
+    impl: Callable[..., Any],
+    fake: Callable[..., Any],
+    save: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Defines `llmcore::<schema>` and returns the function to call, which takes positional arguments only.
 
-    impl runs on every device; fake gives outputs of the same shape, dtype and strides from tensors without data.
+    Args:
+        impl: runs on every device.
+        fake: gives outputs of the same shape, dtype and strides from tensors without data.
+        save: `save(ctx, inputs, outputs)` keeps what the backward needs.
+        backward: `backward(ctx, *grads)` returns one gradient (or None) for each argument. Gradients that nothing asked
+            for arrive as None. Without it, no gradient flows.
     """
     name = schema[: schema.index("(")]
-    if not hasattr(_namespace, name):
+    first = not hasattr(_namespace, name)
+    if first:
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(name, impl, "CompositeExplicitAutograd")
         torch.library.register_fake(f"llmcore::{name}", fake, lib=_library)
-    return getattr(_namespace, name).default
+    op = getattr(_namespace, name).default
+    direct = _without_autograd(impl)
+    if save is not None and backward is not None:
+        if first:
+            _library.impl(name, _differentiable(name, _without_autograd(op), save, backward), "Autograd")
+        direct = _differentiable(name, direct, save, backward)
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or _observed(args) or _autograd_excluded():
+            return op(*args)
+        return direct(*args)
+
+    return call
 
 
-def differentiable(op: Any, save: Callable[..., None], backward: Callable[..., Any]) -> None:
-    """Gives `op` a backward. `save(ctx, inputs, outputs)` keeps what it needs; `backward(ctx, *grads)` returns one
-    gradient (or None) for each argument of `op`. Gradients that nothing asked for arrive as None."""
-    name = op._schema.name.split("::")[1]
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"llmcore::{name}", "Autograd"):
-        return
+def _without_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        with _below_autograd():
+            return function(*args)
+
+    return call
+
+
+def _differentiable(
+    name: str, compute: Callable[..., Any], save: Callable[..., None], backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`compute` with this backward, where a gradient is asked for."""
 
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            with _below_autograd():
-                outputs = op(*args)
+            outputs = compute(*args)
             ctx.set_materialize_grads(False)
             save(ctx, args, outputs)
             return outputs
@@ -70,17 +123,16 @@ def differentiable(op: Any, save: Callable[..., None], backward: Callable[..., A
 
     Function.__name__ = Function.__qualname__ = name
 
-    def autograd_kernel(*args: Any) -> Any:
+    def differentiable(*args: Any) -> Any:
         if forward_ad._current_level >= 0 and any(_has_tangent(a) for a in args):
             raise RuntimeError(f"{name} has no forward-mode derivative; use llmcore.ops.{name}.reference.")
         if torch.is_grad_enabled():
             for a in args:
                 if isinstance(a, Tensor) and a.requires_grad:
                     return Function.apply(*args)
-        with _below_autograd():
-            return op(*args)
+        return compute(*args)
 
-    _library.impl(name, autograd_kernel, "Autograd")
+    return differentiable
 
 
 class OpFunction(Protocol[P, R_co]):

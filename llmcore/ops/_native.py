@@ -28,6 +28,11 @@ def stream(backend: str, tensor: Tensor) -> tuple[int, ...]:
     return () if backend == "cpu" else (torch.cuda.current_stream(tensor.device).cuda_stream,)
 
 
+def empty_like(tensor: Tensor) -> Tensor:
+    """Contiguous, of tensor's shape and dtype: the cheapest way to such a tensor."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
 def unit_stride(tensor: Tensor) -> Tensor:
     """The tensor itself when its last dimension is contiguous, otherwise a copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llmcore.ops import _checks, _native
 from llmcore.ops._dispatch import Op, resolve
-from llmcore.ops._library import differentiable, operator, public
+from llmcore.ops._library import operator, public
 
 OP = Op("apply_rotary", kernels=("triton", "cpu"))
 
@@ -135,8 +135,7 @@ def _rotated(
         from llmcore.kernels import apply_rotary as kernel
 
         return kernel.apply_rotary(q, k, cos, sin, positions, interleaved, inverse)
-    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    q_out, k_out = _native.empty_like(q), _native.empty_like(k)
     pos_b, pos_t = (
         (0, 0) if positions is None else (0 if positions.dim() == 1 else positions.stride(0), positions.stride(-1))
     )
@@ -159,10 +158,7 @@ def _fake(
     inverse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return (
-        torch.empty(q.shape, dtype=q.dtype, device=q.device),
-        torch.empty(k.shape, dtype=k.dtype, device=k.device),
-    )
+    return _native.empty_like(q), _native.empty_like(k)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
@@ -189,5 +185,6 @@ _apply_rotary = operator(
     " str backend) -> (Tensor q_out, Tensor k_out)",
     _rotated,
     _fake,
+    _save,
+    _differentiate,
 )
-differentiable(_apply_rotary, _save, _differentiate)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llmcore.ops import _checks, _native
 from llmcore.ops._dispatch import Op, resolve
-from llmcore.ops._library import differentiable, operator, public
+from llmcore.ops._library import operator, public
 
 OP = Op("attention", kernels=("triton", "cpu"))
 
@@ -157,8 +157,8 @@ def _forward(
 
         return kernel.attention_fwd(q, k, v, softmax_scale, window_left, window_right)
     (B, T_q, H, D), (_, T_k, K, Dv) = q.shape, v.shape
-    out = torch.empty((B, T_q, H, Dv), dtype=q.dtype, device=q.device)
-    lse = torch.empty((B, H, T_q), dtype=torch.float32, device=q.device)
+    out = q.new_empty((B, T_q, H, Dv))
+    lse = q.new_empty((B, H, T_q), dtype=torch.float32)
     _native.module(backend).attention_fwd(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), B, H, K, T_q, T_k, D, Dv,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], softmax_scale, window_left, window_right, _native.code(q),
@@ -189,10 +189,7 @@ def _fake(
 ) -> tuple[Tensor, Tensor]:
     B, T_q, H, _ = q.shape
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return (
-        torch.empty((B, T_q, H, v.shape[3]), dtype=q.dtype, device=q.device),
-        torch.empty((B, H, T_q), dtype=wide, device=q.device),
-    )
+    return q.new_empty((B, T_q, H, v.shape[3])), q.new_empty((B, H, T_q), dtype=wide)
 
 
 def _backward(
@@ -216,7 +213,7 @@ def _backward(
         from llmcore.kernels import attention as kernel
 
         return kernel.attention_bwd(dout, dlse, q, k, v, out, lse, softmax_scale, window_left, window_right)
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    dq, dk, dv = _native.empty_like(q), _native.empty_like(k), _native.empty_like(v)
     (B, T_q, H, D), (_, T_k, K, Dv) = q.shape, v.shape
     _native.module(backend).attention_bwd(
         dout.data_ptr(), _native.ptr(dlse), q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(),
@@ -270,7 +267,7 @@ def _backward_fake(
     window_right: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    dq, dk, dv = _native.empty_like(q), _native.empty_like(k), _native.empty_like(v)
     return dq, dk, dv
 
 
@@ -296,6 +293,8 @@ _attention = operator(
     " -> (Tensor out, Tensor lse)",
     _forward,
     _fake,
+    _save,
+    _differentiate,
 )
 _attention_backward = operator(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
@@ -303,4 +302,3 @@ _attention_backward = operator(
     _backward,
     _backward_fake,
 )
-differentiable(_attention, _save, _differentiate)

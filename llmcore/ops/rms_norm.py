@@ -8,6 +8,7 @@ x and residual receive the same gradient. Saved: s (or x), weight, and r, one fl
 R rows, C channels.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from llmcore.ops import _checks, _native
 from llmcore.ops._dispatch import Op, resolve
-from llmcore.ops._library import differentiable, operator, public
+from llmcore.ops._library import operator, public
 
 OP = Op(
     "rms_norm",
@@ -100,14 +101,12 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if backend == "torch":
         return _forward_torch(x, weight, residual, eps, weight_offset)
-    x_RC = _native.rows(x)
-    residual_RC = None if residual is None else _native.rows(residual)
-    if backend == "triton":
-        from llmcore.kernels import rms_norm as kernel
+    if backend != "triton":
+        return _forward_native(x, weight, residual, eps, weight_offset, backend)
+    from llmcore.kernels import rms_norm as kernel
 
-        y, s, rstd = kernel.rms_norm_fwd(x_RC, weight, residual_RC, eps, weight_offset)
-    else:
-        y, s, rstd = _forward_native(x_RC, weight, residual_RC, eps, weight_offset, backend)
+    residual_RC = None if residual is None else _native.rows(residual)
+    y, s, rstd = kernel.rms_norm_fwd(_native.rows(x), weight, residual_RC, eps, weight_offset)
     return y.view(x.shape), x.new_empty(0) if s is None else s.view(x.shape), rstd
 
 
@@ -124,34 +123,36 @@ def _forward_torch(
 
 def _forward_native(
     x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, weight_offset: float, backend: str
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    R, C = x.shape
-    y = torch.empty((R, C), dtype=x.dtype, device=x.device)
-    s = None
-    if residual is not None:
-        s = torch.empty((R, C), dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
-    rstd = torch.empty(R, dtype=torch.float32, device=x.device)
+) -> tuple[Tensor, Tensor, Tensor]:
+    x_RC = _native.rows(x)
+    R, C = x_RC.shape
+    residual_RC = None if residual is None else _native.rows(residual)
+    y, s = _native.empty_like(x), _s_like(x, residual)
+    rstd = x.new_empty(R, dtype=torch.float32)
     weight = None if weight is None else weight.contiguous()
     _native.module(backend).rms_norm_fwd(
-        x.data_ptr(), _native.ptr(residual), _native.ptr(weight), y.data_ptr(), _native.ptr(s), rstd.data_ptr(), R, C,
-        x.stride(0), 0 if residual is None else residual.stride(0), eps, weight_offset,
+        x_RC.data_ptr(), _native.ptr(residual_RC), _native.ptr(weight), y.data_ptr(), s.data_ptr(), rstd.data_ptr(), R,
+        C, x_RC.stride(0), 0 if residual_RC is None else residual_RC.stride(0), eps, weight_offset,
         _native.code(x), _native.code(x if residual is None else residual), _native.code(weight),
         *_native.stream(backend, x),
     )  # fmt: skip
     return y, s, rstd
 
 
+def _s_like(x: Tensor, residual: Tensor | None) -> Tensor:
+    """Memory for s; no elements without a residual."""
+    if residual is None:
+        return x.new_empty(0)
+    if residual.dtype == x.dtype:
+        return _native.empty_like(x)
+    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+
+
 def _fake(
     x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, weight_offset: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    s = x.new_empty(0)
-    if residual is not None:
-        s = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
-    count = 1
-    for size in x.shape[:-1]:
-        count = count * size
-    return y, s, torch.empty(count, dtype=_computing_dtype(s.dtype), device=x.device)
+    s = _s_like(x, residual)
+    return _native.empty_like(x), s, x.new_empty(math.prod(x.shape[:-1]), dtype=_computing_dtype(s.dtype))
 
 
 def _backward(
@@ -222,8 +223,8 @@ def _backward_native(
     backend: str,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     R, C = s.shape
-    dx = torch.empty((R, C), dtype=x_dtype, device=s.device)
-    dresidual = None if residual_dtype is None else torch.empty((R, C), dtype=residual_dtype, device=s.device)
+    dx = s.new_empty((R, C), dtype=x_dtype)
+    dresidual = None if residual_dtype is None else s.new_empty((R, C), dtype=residual_dtype)
     weight = None if weight is None else weight.contiguous()
     dweight = torch.empty_like(weight) if need_dweight and weight is not None else None
     _native.module(backend).rms_norm_bwd(
@@ -247,13 +248,13 @@ def _backward_fake(
     need_dweight: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx = torch.empty(s.shape, dtype=x_dtype, device=s.device)
+    dx = s.new_empty(s.shape, dtype=x_dtype)
     dresidual = dx.new_empty(0)
     if residual_dtype is not None and residual_dtype != x_dtype:
-        dresidual = torch.empty(s.shape, dtype=residual_dtype, device=s.device)
+        dresidual = s.new_empty(s.shape, dtype=residual_dtype)
     dweight = dx.new_empty(0)
     if need_dweight and weight is not None:
-        dweight = torch.empty(weight.shape, dtype=weight.dtype, device=s.device)
+        dweight = _native.empty_like(weight)
     return dx, dresidual, dweight
 
 
@@ -301,6 +302,8 @@ _rms_norm = operator(
     " -> (Tensor y, Tensor s, Tensor rstd)",
     _forward,
     _fake,
+    _save,
+    _differentiate,
 )
 _rms_norm_backward = operator(
     "rms_norm_backward(Tensor dy, Tensor? ds, Tensor s, Tensor? weight, Tensor rstd, float weight_offset,"
@@ -309,4 +312,3 @@ _rms_norm_backward = operator(
     _backward,
     _backward_fake,
 )
-differentiable(_rms_norm, _save, _differentiate)

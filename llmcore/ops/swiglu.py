@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmcore.ops import _checks, _native
 from llmcore.ops._dispatch import Op, resolve
-from llmcore.ops._library import differentiable, operator, public
+from llmcore.ops._library import operator, public
 
 OP = Op("swiglu", kernels=("triton", "cpu"))
 
@@ -51,22 +51,21 @@ def _forward(gate: Tensor, up: Tensor, backend: str) -> Tensor:
     if backend == "torch":
         wide = gate.dtype if gate.dtype == torch.float64 else torch.float32
         return (F.silu(gate.to(wide)) * up.to(wide)).to(gate.dtype).contiguous()
-    shape = gate.shape
-    gate, up = _rows(gate), _rows(up)
+    gate_RC, up_RC = _rows(gate), _rows(up)
     if backend == "triton":
         from llmcore.kernels import swiglu as kernel
 
-        return kernel.swiglu_fwd(gate, up).view(shape)
-    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+        return kernel.swiglu_fwd(gate_RC, up_RC).view(gate.shape)
+    y = _native.empty_like(gate)
     _native.module(backend).swiglu_fwd(
-        gate.data_ptr(), up.data_ptr(), y.data_ptr(), *gate.shape, gate.stride(0), up.stride(0), _native.code(gate),
-        *_native.stream(backend, gate),
+        gate_RC.data_ptr(), up_RC.data_ptr(), y.data_ptr(), *gate_RC.shape, gate_RC.stride(0), up_RC.stride(0),
+        _native.code(gate), *_native.stream(backend, gate),
     )  # fmt: skip
-    return y.view(shape)
+    return y
 
 
 def _fake(gate: Tensor, up: Tensor, backend: str) -> Tensor:
-    return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    return _native.empty_like(gate)
 
 
 def _backward(dy: Tensor, gate: Tensor, up: Tensor, backend: str) -> tuple[Tensor, Tensor]:
@@ -76,20 +75,18 @@ def _backward(dy: Tensor, gate: Tensor, up: Tensor, backend: str) -> tuple[Tenso
         p = torch.sigmoid(gate_w)
         dgate = dy_w * up_w * p * (1 + gate_w * (1 - p))
         return dgate.to(gate.dtype).contiguous(), (dy_w * gate_w * p).to(up.dtype).contiguous()
-    shape = gate.shape
-    dy, gate, up = _rows(dy), _rows(gate), _rows(up)
+    dy_RC, gate_RC, up_RC = _rows(dy), _rows(gate), _rows(up)
     if backend == "triton":
         from llmcore.kernels import swiglu as kernel
 
-        dgate, dup = kernel.swiglu_bwd(dy, gate, up)
-        return dgate.view(shape), dup.view(shape)
-    dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    dup = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+        dgate, dup = kernel.swiglu_bwd(dy_RC, gate_RC, up_RC)
+        return dgate.view(gate.shape), dup.view(gate.shape)
+    dgate, dup = _native.empty_like(gate), _native.empty_like(gate)
     _native.module(backend).swiglu_bwd(
-        dy.data_ptr(), gate.data_ptr(), up.data_ptr(), dgate.data_ptr(), dup.data_ptr(), *gate.shape,
-        dy.stride(0), gate.stride(0), up.stride(0), _native.code(gate), *_native.stream(backend, gate),
+        dy_RC.data_ptr(), gate_RC.data_ptr(), up_RC.data_ptr(), dgate.data_ptr(), dup.data_ptr(), *gate_RC.shape,
+        dy_RC.stride(0), gate_RC.stride(0), up_RC.stride(0), _native.code(gate), *_native.stream(backend, gate),
     )  # fmt: skip
-    return dgate.view(shape), dup.view(shape)
+    return dgate, dup
 
 
 def _backward_fake(dy: Tensor, gate: Tensor, up: Tensor, backend: str) -> tuple[Tensor, Tensor]:
@@ -107,10 +104,9 @@ def _differentiate(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     return (*_swiglu_backward(dy, *ctx.saved_tensors, ctx.backend), None)
 
 
-_swiglu = operator("swiglu(Tensor gate, Tensor up, str backend) -> Tensor", _forward, _fake)
+_swiglu = operator("swiglu(Tensor gate, Tensor up, str backend) -> Tensor", _forward, _fake, _save, _differentiate)
 _swiglu_backward = operator(
     "swiglu_backward(Tensor dy, Tensor gate, Tensor up, str backend) -> (Tensor dgate, Tensor dup)",
     _backward,
     _backward_fake,
 )
-differentiable(_swiglu, _save, _differentiate)

@@ -11,6 +11,7 @@ from ops.cases import randn
 from ops.test_apply_rotary import tables
 from sessions import INTERPRETED, backends
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import llmcore
 from llmcore import ops
@@ -127,6 +128,53 @@ def test_backward_keeps_its_forwards_backend(name, backend):
         thread.start()
         thread.join()
     assert seen == [backend]
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_whoever_listens_meets_the_operator(name):
+    """Eager calls go past the dispatcher, but not past a mode, the profiler or a transform."""
+    function, tensors, keywords = example(name)
+    with Seen() as seen:
+        flat(function(*tensors, **keywords)).backward()
+    backward = "apply_rotary" if name == "apply_rotary" else f"{name}_backward"
+    assert {f"llmcore::{name}", f"llmcore::{backward}"} <= set(seen.names)
+    with torch.profiler.profile() as profile:
+        function(*tensors, **keywords)
+    assert f"llmcore::{name}" in {e.key for e in profile.key_averages()}
+    graph = torch.fx.experimental.proxy_tensor.make_fx(lambda *t: function(*t, **keywords))(*tensors)
+    assert f"llmcore.{name}" in graph.code
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inside_another_operator_no_gradient_is_recorded(name):
+    """The outer operator's backward answers for what its implementation calls."""
+    function, tensors, keywords = example(name)
+    with torch._C._AutoDispatchBelowAutograd():
+        result = function(*tensors, **keywords)
+    assert not any(r.requires_grad for r in (result if isinstance(result, tuple) else (result,)))
+
+
+@pytest.mark.parametrize(("name", "backend"), every())
+def test_the_short_way_gives_the_operators_results(name, backend):
+    function, tensors, keywords = example(name)
+    with llmcore.backend(backend):
+        short = function(*tensors, **keywords)
+        actual = torch.autograd.grad(flat(short), tensors)
+        with Seen():
+            dispatched = function(*tensors, **keywords)
+            expected = torch.autograd.grad(flat(dispatched), tensors)
+    torch.testing.assert_close(short, dispatched, rtol=0, atol=0)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("name", "backend"), every())
