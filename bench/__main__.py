@@ -26,14 +26,17 @@ def main() -> int:
     torch.manual_seed(0)
     run = importlib.import_module(f"bench.run_{options.what}").run
     arguments = {"ops": (options.names,), "race": (options.seconds,)}.get(options.what, ())
-    record = {"machine": machine(), "records": run(*arguments)}
-    device = re.sub(r"[^a-z0-9]+", "-", str(record["machine"]["processor"]).lower()).strip("-")
+    where = machine()
+    device = re.sub(r"[^a-z0-9]+", "-", str(where["processor"]).lower()).strip("-")
     folder = RESULTS / f"{device}-{options.threads}-threads"
     folder.mkdir(parents=True, exist_ok=True)
-    name = "-".join([options.what, *options.names])
-    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(f"written: {(folder / name).relative_to(RESULTS.parent.parent)}.json")
-    return 1 if any("error" in r for r in record["records"]) else 0
+    path = folder / ("-".join([options.what, *options.names]) + ".json")
+    records = []
+    for record in run(*arguments):  # written as they come: a run that is cut short keeps what it measured
+        records.append(record)
+        path.write_text(json.dumps({"machine": where, "records": records}, indent=1) + "\n")
+    print(f"written: {path.relative_to(RESULTS.parent.parent)}")
+    return 1 if any("error" in r for r in records) else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Every op against eager PyTorch and torch.compile: forward, and forward + backward, correctness first."""
 
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -57,15 +58,13 @@ def measure(case: Case) -> list[dict[str, Any]]:
     return records
 
 
-def run(only: list[str]) -> list[dict[str, Any]]:
+def run(only: list[str]) -> Iterator[dict[str, Any]]:
     """Measures and prints the ops named in `only`, or all."""
-    records = []
     for name in only or sorted(ops.registry):
         for case in importlib.import_module(f"bench.ops.bench_{name}").CASES:
             for record in measure(case):
-                records.append({"op": name, **record})
-                print(line(records[-1]), flush=True)
-    return records
+                print(line({"op": name, **record}), flush=True)
+                yield {"op": name, **record}
 
 
 def line(record: dict[str, Any]) -> str:

@@ -25,11 +25,14 @@ LLMCORE_INLINE void rotate_block(const T* x, T* out, const float* cos, const flo
         s[v] = load(sin + i + v * VL);
     }
     for (int64_t h = 0; h < heads; h++, x += stride, out += D) {
+        vf y1[kVectors], y2[kVectors];
         for (int v = 0; v < kVectors; v++) {
             const vf x1 = load(x + first + i + v * VL), x2 = load(x + second + i + v * VL);
-            store_output<kStream>(out + first + i + v * VL, x1 * c[v] - x2 * s[v], Whole{});
-            store_output<kStream>(out + second + i + v * VL, x2 * c[v] + x1 * s[v], Whole{});
+            y1[v] = x1 * c[v] - x2 * s[v];
+            y2[v] = x2 * c[v] + x1 * s[v];
         }
+        store_outputs<kStream>(out + first + i, y1);
+        store_outputs<kStream>(out + second + i, y2);
     }
 }
 
@@ -60,43 +63,53 @@ LLMCORE_INLINE void rotate_pairs(const T* x, T* out, const float* cos2, const fl
     });
 }
 
+// q or k, and where it goes: (B, T, heads, D) with strides, and contiguous
+template <class T>
+struct Side {
+    const T* x;
+    T* out;
+    int64_t heads, stride_b, stride_t, stride_h;
+};
+
+struct Angles {
+    const float *cos, *sin;  // (T_max, R / 2)
+    const int64_t* positions;
+    int64_t T, R, pos_stride_b, pos_stride_t;
+    bool interleaved, inverse;
+
+    int64_t row(int64_t b, int64_t t) const {
+        return (positions == nullptr ? t : positions[b * pos_stride_b + t * pos_stride_t]) * (R / 2);
+    }
+};
+
+// tokens [begin, end) of q or k; doubled: 2 R floats where the pairs are interleaved
 template <bool kStream, class T>
-void rotate(const T* q, const T* k, T* q_out, T* k_out, const float* cos, const float* sin, const int64_t* positions,
-            int64_t B, int64_t T_, int64_t H, int64_t K, int64_t D, int64_t R, int64_t q_stride_b, int64_t q_stride_t,
-            int64_t q_stride_h, int64_t k_stride_b, int64_t k_stride_t, int64_t k_stride_h, int64_t pos_stride_b,
-            int64_t pos_stride_t, bool interleaved, bool inverse) {
-    const int64_t half = R / 2, per_token = (H + K) * D;
-    if (per_token == 0) return;
-    parallel_stream<kStream>(B * T_, kGrain / per_token, [&](int64_t begin, int64_t end) {
-        const Scratch doubled(interleaved ? 2 * R : 0);
-        float *const cos2 = doubled.data(), *const sin2 = cos2 + (interleaved ? R : 0);
-        for (int64_t token = begin; token < end; token++) {
-            const int64_t b = token / T_, t = token - b * T_;
-            const int64_t position = positions == nullptr ? t : positions[b * pos_stride_b + t * pos_stride_t];
-            const float *const c = cos + position * half, *const s = sin + position * half;
-            if (interleaved) {
-                for (int64_t i = 0; i < half; i++) {
-                    cos2[2 * i] = cos2[2 * i + 1] = c[i];
-                    sin2[2 * i] = inverse ? s[i] : -s[i];
-                    sin2[2 * i + 1] = -sin2[2 * i];
-                }
+void rotate(const Side<T>& side, const Angles& angles, int64_t D, int64_t begin, int64_t end, float* doubled) {
+    const int64_t R = angles.R, half = R / 2;
+    const int64_t first = angles.inverse ? half : 0, second = half - first;
+    float *const cos2 = doubled, *const sin2 = doubled + (angles.interleaved ? R : 0);
+    for (int64_t token = begin; token < end; token++) {
+        const int64_t b = token / angles.T, t = token - b * angles.T, row = angles.row(b, t);
+        const float *const c = angles.cos + row, *const s = angles.sin + row;
+        const T* const x = side.x + b * side.stride_b + t * side.stride_t;
+        T* const out = side.out + token * side.heads * D;
+        if (angles.interleaved) {
+            for (int64_t i = 0; i < half; i++) {
+                cos2[2 * i] = cos2[2 * i + 1] = c[i];
+                sin2[2 * i] = angles.inverse ? s[i] : -s[i];
+                sin2[2 * i + 1] = -sin2[2 * i];
             }
-            const auto heads = [&](const T* x, T* out, int64_t count, int64_t stride) {
-                if (!interleaved) {
-                    rotate_halves<kStream>(x, out, c, s, half, count, stride, D, inverse ? half : 0, inverse ? 0 : half);
-                }
-                if (!interleaved && R == D) return;
-                for (int64_t h = 0; h < count; h++) {
-                    const T* const from = x + h * stride;
-                    T* const to = out + h * D;
-                    if (interleaved) rotate_pairs<kStream>(from, to, cos2, sin2, R);
-                    if (R < D) __builtin_memcpy(to + R, from + R, std::size_t(D - R) * sizeof(T));
-                }
-            };
-            heads(q + b * q_stride_b + t * q_stride_t, q_out + token * H * D, H, q_stride_h);
-            heads(k + b * k_stride_b + t * k_stride_t, k_out + token * K * D, K, k_stride_h);
+            for (int64_t h = 0; h < side.heads; h++) {
+                rotate_pairs<kStream>(x + h * side.stride_h, out + h * D, cos2, sin2, R);
+            }
+        } else {
+            rotate_halves<kStream>(x, out, c, s, half, side.heads, side.stride_h, D, first, second);
         }
-    });
+        if (R == D) continue;
+        for (int64_t h = 0; h < side.heads; h++) {
+            __builtin_memcpy(out + h * D + R, x + h * side.stride_h + R, std::size_t(D - R) * sizeof(T));
+        }
+    }
 }
 
 }  // namespace
@@ -110,11 +123,16 @@ void apply_rotary(const void* q, const void* k, void* q_out, void* k_out, const 
         using E = decltype(element);
         E *const q_to = static_cast<E*>(q_out), *const k_to = static_cast<E*>(k_out);
         const int64_t count = B * T * (H + K) * D;
+        if (count == 0) return;
         const bool worth = worth_streaming(q_to, count, R / 2) && worth_streaming(k_to, count, D);
+        const Side<E> sides[2] = {{static_cast<const E*>(q), q_to, H, q_stride_b, q_stride_t, q_stride_h},
+                                  {static_cast<const E*>(k), k_to, K, k_stride_b, k_stride_t, k_stride_h}};
+        const Angles angles{cos, sin, positions, T, R, pos_stride_b, pos_stride_t, interleaved, inverse};
         with_streaming(worth, [&](auto streaming) {
-            rotate<streaming()>(static_cast<const E*>(q), static_cast<const E*>(k), q_to, k_to, cos, sin, positions, B,
-                                T, H, K, D, R, q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
-                                pos_stride_b, pos_stride_t, interleaved, inverse);
+            parallel_stream<streaming()>(B * T, kGrain / ((H + K) * D), [&](int64_t begin, int64_t end) {
+                const Scratch doubled(interleaved ? 2 * R : 0);
+                for (const auto& side : sides) rotate<streaming()>(side, angles, D, begin, end, doubled.data());
+            });
         });
     });
 }

@@ -77,6 +77,15 @@ LLMCORE_INLINE void store_output(T* p, vf x, Lanes lanes) {
     }
 }
 
+template <bool kStream, int kVectors, class T>
+LLMCORE_INLINE void store_outputs(T* p, const vf (&x)[kVectors]) {
+    if constexpr (!kStream && kVectors % 2 == 0) {
+        for (int v = 0; v < kVectors; v += 2) store_two(p + v * VL, x[v], x[v + 1]);
+    } else {
+        for (int v = 0; v < kVectors; v++) store_output<kStream>(p + v * VL, x[v], Whole{});
+    }
+}
+
 // f(std::bool_constant<streaming>{})
 template <class F>
 LLMCORE_INLINE void with_streaming(bool streaming, const F& f) {

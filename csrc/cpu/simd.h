@@ -178,9 +178,14 @@ LLMCORE_INLINE vf widen_bf16(vh h) {
 #endif
 }
 
-LLMCORE_INLINE vh narrow_bf16(vf x) {
+// bf16 in the low half of each lane; a NaN becomes 0xffff
+LLMCORE_INLINE vi round_bf16(vf x) {
     const vu bits = (vu)x;
-    const vi rounded = ((vi)(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16) | (x != x);  // a NaN becomes 0xffff
+    return ((vi)(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16) | (x != x);
+}
+
+LLMCORE_INLINE vh narrow_bf16(vf x) {
+    const vi rounded = round_bf16(x);
 #if defined(LLMCORE_AVX2)
     return (vh)_mm_packs_epi32(_mm256_castsi256_si128((__m256i)rounded), _mm256_extracti128_si256((__m256i)rounded, 1));
 #else
@@ -267,6 +272,19 @@ LLMCORE_INLINE vf load(const fp16_t* p) { return widen_fp16(load_bits<vh>(p)); }
 LLMCORE_INLINE void store(float* p, vf x) { store_bits(p, x); }
 LLMCORE_INLINE void store(bf16_t* p, vf x) { store_bits(p, narrow_bf16(x)); }
 LLMCORE_INLINE void store(fp16_t* p, vf x) { store_bits(p, narrow_fp16(x)); }
+
+// a and b one after the other
+template <class T>
+LLMCORE_INLINE void store_two(T* p, vf a, vf b) {
+    store(p, a);
+    store(p + VL, b);
+}
+#if defined(LLMCORE_AVX2)
+LLMCORE_INLINE void store_two(bf16_t* p, vf a, vf b) {
+    const __m256i interleaved = _mm256_packs_epi32((__m256i)round_bf16(a), (__m256i)round_bf16(b));
+    store_bits(p, _mm256_permute4x64_epi64(interleaved, 0xd8));
+}
+#endif
 
 LLMCORE_INLINE vf load(const float* p, int n) {
 #if defined(LLMCORE_AVX512)

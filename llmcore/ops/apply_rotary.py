@@ -80,15 +80,16 @@ def apply_rotary(
         _checks.floating("apply_rotary", name, table)
         _checks.rank("apply_rotary", name, table, "(T_max, R/2)", 2)
         _checks.like("apply_rotary", name, table, "q", q, dtype=False)
-    _checks.shape("apply_rotary", "sin", sin, "cos's shape", cos.shape)
-    if 2 * cos.shape[1] > D:
+    T_max, columns = cos.shape
+    _checks.shape("apply_rotary", "sin", sin, "cos's shape", (T_max, columns))
+    if 2 * columns > D:
         raise ValueError(
-            f"apply_rotary: cos has {cos.shape[1]} columns, which rotate {2 * cos.shape[1]} channels, "
+            f"apply_rotary: cos has {columns} columns, which rotate {2 * columns} channels, "
             f"but the head size is {D}; at most {D // 2} columns are allowed."
         )
     if positions is None:
-        if T > cos.shape[0]:
-            raise ValueError(f"apply_rotary: q has {T} positions, but cos has only {cos.shape[0]} rows.")
+        if T > T_max:
+            raise ValueError(f"apply_rotary: q has {T} positions, but cos has only {T_max} rows.")
     else:
         _checks.is_tensor("apply_rotary", "positions", positions)
         if positions.dtype not in (torch.int64, torch.int32):
@@ -101,7 +102,9 @@ def apply_rotary(
                 f"but its shape is {tuple(positions.shape)}."
             )
         _checks.like("apply_rotary", "positions", positions, "q", q, dtype=False)
-    return _apply_rotary(q, k, cos.detach(), sin.detach(), positions, interleaved, False, resolve("apply_rotary", q))
+    if cos.requires_grad or sin.requires_grad:
+        cos, sin = cos.detach(), sin.detach()
+    return _apply_rotary(q, k, cos, sin, positions, interleaved, False, resolve("apply_rotary", q))
 
 
 def _check_positions(positions: Tensor, limit: int) -> None:
