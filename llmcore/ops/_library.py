@@ -29,8 +29,8 @@ _library: torch.library.Library = _namespace._library
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
-def _observed(args: tuple[Any, ...]) -> bool:
-    """Whether something other than autograd must see a call with these arguments, so that it has to be dispatched."""
+def _observed(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether something other than autograd must see a call with these tensors, so that it has to be dispatched."""
     if (
         torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
@@ -39,8 +39,8 @@ def _observed(args: tuple[Any, ...]) -> bool:
         or torch.autograd._profiler_enabled()
     ):
         return True
-    for a in args:
-        if isinstance(a, Tensor) and (type(a) not in _PLAIN or a.is_meta):
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_meta):
             return True
     return False
 
@@ -50,8 +50,8 @@ def _autograd_excluded() -> bool:
     return torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality)
 
 
-def _has_tangent(value: Any) -> bool:
-    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
+def _has_tangent(tensor: Tensor | None) -> bool:
+    return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def operator(
@@ -61,7 +61,7 @@ def operator(
     save: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Defines `llmcore::<schema>` and returns the function to call, which takes positional arguments only.
+    """Defines `llmcore::<schema>` and returns the function to call: positional arguments only, tensors first.
 
     Args:
         impl: runs on every device.
@@ -77,14 +77,15 @@ def operator(
         _library.impl(name, impl, "CompositeExplicitAutograd")
         torch.library.register_fake(f"llmcore::{name}", fake, lib=_library)
     op = getattr(_namespace, name).default
+    tensors = sum("Tensor" in str(argument.type) for argument in op._schema.arguments)
     direct = _without_autograd(impl)
     if save is not None and backward is not None:
         if first:
-            _library.impl(name, _differentiable(name, _without_autograd(op), save, backward), "Autograd")
-        direct = _differentiable(name, direct, save, backward)
+            _library.impl(name, _differentiable(name, tensors, _without_autograd(op), save, backward), "Autograd")
+        direct = _differentiable(name, tensors, direct, save, backward)
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or _observed(args) or _autograd_excluded():
+        if torch.compiler.is_compiling() or _observed(args[:tensors]) or _autograd_excluded():
             return op(*args)
         return direct(*args)
 
@@ -100,9 +101,9 @@ def _without_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _differentiable(
-    name: str, compute: Callable[..., Any], save: Callable[..., None], backward: Callable[..., Any]
+    name: str, tensors: int, compute: Callable[..., Any], save: Callable[..., None], backward: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """`compute` with this backward, where a gradient is asked for."""
+    """`compute`, whose first arguments are `tensors` tensors, with this backward where a gradient is asked for."""
 
     class Function(torch.autograd.Function):
         @staticmethod
@@ -124,11 +125,11 @@ def _differentiable(
     Function.__name__ = Function.__qualname__ = name
 
     def differentiable(*args: Any) -> Any:
-        if forward_ad._current_level >= 0 and any(_has_tangent(a) for a in args):
+        if forward_ad._current_level >= 0 and any(_has_tangent(tensor) for tensor in args[:tensors]):
             raise RuntimeError(f"{name} has no forward-mode derivative; use llmcore.ops.{name}.reference.")
         if torch.is_grad_enabled():
-            for a in args:
-                if isinstance(a, Tensor) and a.requires_grad:
+            for tensor in args[:tensors]:
+                if tensor is not None and tensor.requires_grad:
                     return Function.apply(*args)
         return compute(*args)
 
