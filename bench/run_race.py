@@ -4,6 +4,7 @@ The figure is bits per byte on the held-out text after that time. One run after 
 """
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -48,12 +49,11 @@ def train(model: nn.Module, config: TrainConfig, corpus: Corpus, bf16: bool, sec
     return step, bits_per_byte(model, corpus, config.final_eval_tokens, config.seq_len, config.batch_size, world)
 
 
-def run(seconds: float) -> list[dict[str, Any]]:
+def run(seconds: float) -> Iterator[dict[str, Any]]:
     config = TrainConfig()
     corpus = load_corpus(config.data.train, config.data.valid)
     settings = model_config(config)
     bf16 = use_bf16(config.precision, torch.device("cpu"))
-    records = []
     for name, low in (("llmcore", bf16), ("plain PyTorch", bf16), ("plain PyTorch", not bf16)):
         torch.manual_seed(config.seed)
         ours = models.build(settings)
@@ -70,6 +70,5 @@ def run(seconds: float) -> list[dict[str, Any]]:
             "tokens": steps * config.batch_size * config.seq_len,
             "held-out bits per byte": round(bits, 4),
         }
-        records.append(record)
         print("  ".join(f"{k}: {v}" for k, v in record.items()), flush=True)
-    return records
+        yield record
