@@ -8,6 +8,7 @@ import torch
 
 import llmcore
 from llmcore.models import ModelConfig, build
+from llmcore.ops._dispatch import missing
 
 STEPS = 200
 
@@ -35,17 +36,27 @@ def curve(backend, dtype):
     return torch.tensor(losses)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [(torch.float32, 2e-3), pytest.param(torch.bfloat16, 2e-2, marks=pytest.mark.slow)],
-    ids=["float32", "bfloat16"],
-)
-def test_same_loss_curve_over_200_steps(dtype, tolerance):
-    from llmcore.ops._dispatch import missing
+def rms(differences):
+    return differences.square().mean().sqrt().item()
 
-    if missing("attention", "cpu", "cpu") is not None:
-        pytest.skip("the cpu kernels are not built, so there is nothing to compare with PyTorch")
-    kernels, plain = curve("cpu", dtype), curve("torch", dtype)
+
+needs_kernels = pytest.mark.skipif(
+    missing("attention", "cpu", "cpu") is not None, reason="the cpu kernels are not built: nothing to compare"
+)
+
+
+@needs_kernels
+def test_same_loss_curve_over_200_steps():
+    kernels, plain = curve("cpu", torch.float32), curve("torch", torch.float32)
     assert plain[-20:].mean() < plain[:5].mean() - 2
     difference = (kernels - plain).abs().max().item()
-    assert difference < tolerance, f"largest difference {difference}"
+    assert difference < 2e-3, f"largest difference {difference}"
+
+
+@needs_kernels
+@pytest.mark.slow
+def test_bfloat16_stays_as_near_to_float32_as_plain_pytorch():
+    """In bfloat16 two curves part after some hundred steps whatever computes them; each is held against float32."""
+    kernels, plain = curve("cpu", torch.bfloat16), curve("torch", torch.bfloat16)
+    exact = curve("torch", torch.float32)
+    assert rms(kernels - exact) <= 2 * rms(plain - exact) + 2e-3
