@@ -1,7 +1,8 @@
 """Which backends a test session can prove.
 
 A plain session runs every backend that runs on this machine. With TRITON_INTERPRET=1 (tests/test_interpreted.py starts such
-a session, because one process cannot both interpret and compile) tests/ops runs the Triton kernels in the interpreter.
+a session, because one process cannot both interpret and compile) tests/ops runs the Triton kernels in the interpreter; with LLMCORE_CUDA_SHIM
+(tests/cuda) it runs the CUDA kernels on the CPU.
 """
 
 import os
@@ -13,17 +14,22 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from sessions import INTERPRETED, backends  # noqa: E402
+from sessions import INTERPRETED, SHIMMED, backends  # noqa: E402
 
 if INTERPRETED:
     import triton_interpreter
 
     triton_interpreter.install()
 
+if SHIMMED:
+    from cuda import shim_session
+
+    shim_session.install(os.environ["LLMCORE_CUDA_SHIM"])
+
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 settings.register_profile(
-    "llmcore", max_examples=8 if INTERPRETED else 40, deadline=None, derandomize=True,
+    "llmcore", max_examples=8 if INTERPRETED or SHIMMED else 40, deadline=None, derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
 )  # fmt: skip
 settings.load_profile("llmcore")

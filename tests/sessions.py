@@ -1,10 +1,12 @@
-"""What this test session can prove: everything that runs here, or the Triton kernels in their interpreter."""
+"""What this test session can prove: everything that runs here, or the Triton kernels in their interpreter, or the CUDA
+kernels on the CPU (tests/cuda)."""
 
 import os
 
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+SHIMMED = "LLMCORE_CUDA_SHIM" in os.environ
 
 
 def backends(op: str) -> list[str]:
@@ -13,5 +15,7 @@ def backends(op: str) -> list[str]:
 
     if INTERPRETED:
         return ["triton"]
+    if SHIMMED:
+        return ["cuda"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return [b for b in ("triton", "cuda", "cpu", "torch") if missing(op, b, device) is None]

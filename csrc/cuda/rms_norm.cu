@@ -5,10 +5,10 @@
 // from L1/L2. Backward: a fixed number of programs stride over the rows. Each adds up its share of dweight in shared
 // memory (in its slice of the workspace where a row of floats does not fit), and a second kernel adds the shares in a
 // fixed order: the result is deterministic on a given device.
-#include <cuda_runtime.h>
+#include "cuda/rms_norm.h"
 
 #include "common/rms_norm.h"
-#include "cuda/rms_norm.h"
+#include "cuda/launch.cuh"
 #include "cuda/vector_io.cuh"
 
 namespace llmcore {
@@ -27,7 +27,7 @@ __device__ float row_sum(float value) {
 #pragma unroll
     for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
     if (blockDim.x == kWarp) return value;
-    __shared__ float parts[kMaxThreads / kWarp];
+    LLMCORE_SHARED(float, parts, [kMaxThreads / kWarp]);
     __syncthreads();
     if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = value;
     __syncthreads();
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kMaxThreads)
                         void* dresidual, float* workspace, int64_t rows, int64_t cols, int64_t dy_row_stride,
                         int64_t ds_row_stride, int64_t s_row_stride, float weight_offset, DType x_dtype, DType s_dtype,
                         DType residual_dtype, DType weight_dtype, bool share_in_shared_memory) {
-    extern __shared__ float4 shared[];
+    LLMCORE_DYNAMIC_SHARED(float4, shared);
     const int64_t step = int64_t(blockDim.x) * V, first = int64_t(threadIdx.x) * V;
     const int64_t program = int64_t(blockIdx.x) * blockDim.y + threadIdx.y, programs = int64_t(gridDim.x) * blockDim.y;
     float* const slice = workspace == nullptr ? nullptr : workspace + program * cols;
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 
 // dweight = the sum of the programs' shares: a block takes 32 columns, its warps stride over the programs.
 __global__ void dweight_kernel(const float* workspace, void* dweight, DType dtype, int64_t programs, int64_t cols) {
-    __shared__ float parts[8][kWarp];
+    LLMCORE_SHARED(float, parts, [8][kWarp]);
     const int64_t col = int64_t(blockIdx.x) * kWarp + threadIdx.x;
     float sum = 0.0f;
     if (col < cols) {
@@ -199,9 +199,8 @@ const char* llmcore_cuda_rms_norm_fwd(const void* x, const void* residual, const
     const int64_t wanted = (rows + block.y - 1) / block.y;
     const unsigned grid = unsigned(wanted < 0x7fffffff ? wanted : 0x7fffffff);
     auto kernel = V == 8 ? rms_norm_fwd_kernel<8> : V == 4 ? rms_norm_fwd_kernel<4> : rms_norm_fwd_kernel<1>;
-    kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(x, residual, weight, y, s, rstd, rows, cols,
-                                                                  x_row_stride, residual_row_stride, eps, weight_offset,
-                                                                  x_dtype, residual_dtype, s_dtype, weight_dtype);
+    LLMCORE_LAUNCH(kernel, grid, block, 0, static_cast<cudaStream_t>(stream), x, residual, weight, y, s, rstd, rows, cols,
+                   x_row_stride, residual_row_stride, eps, weight_offset, x_dtype, residual_dtype, s_dtype, weight_dtype);
     return text(cudaGetLastError());
 }
 
@@ -247,15 +246,15 @@ const char* llmcore_cuda_rms_norm_bwd(const void* dy, const void* ds, const void
         error = cudaMallocAsync(&workspace, programs * cols * sizeof(float), stream);
         if (error != cudaSuccess) return text(error);
     }
-    kernel<<<grid, block, shared_bytes, stream>>>(
-        dy, ds, s, weight, rstd, dx, dresidual, static_cast<float*>(workspace), rows, cols, dy_row_stride,
-        ds_row_stride, s_row_stride, weight_offset, x_dtype, s_dtype, residual_dtype, weight_dtype, in_shared);
+    LLMCORE_LAUNCH(kernel, grid, block, shared_bytes, stream, dy, ds, s, weight, rstd, dx, dresidual,
+                   static_cast<float*>(workspace), rows, cols, dy_row_stride, ds_row_stride, s_row_stride, weight_offset,
+                   x_dtype, s_dtype, residual_dtype, weight_dtype, in_shared);
     error = cudaGetLastError();
     if (dweight != nullptr) {
         if (error == cudaSuccess) {
             const unsigned blocks = unsigned((cols + kWarp - 1) / kWarp);
-            dweight_kernel<<<blocks, dim3(kWarp, 8), 0, stream>>>(static_cast<float*>(workspace), dweight, weight_dtype,
-                                                                  programs, cols);
+            LLMCORE_LAUNCH(dweight_kernel, blocks, dim3(kWarp, 8), 0, stream, static_cast<float*>(workspace), dweight,
+                           weight_dtype, programs, cols);
             error = cudaGetLastError();
         }
         const cudaError_t freed = cudaFreeAsync(workspace, stream);
