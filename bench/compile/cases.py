@@ -1,9 +1,10 @@
 """The launches whose kernels must compile for every architecture.
 
-python compile_cases.py 90 [--all] compiles them for one compute capability and prints JSON: what each launch compiled, and the
-kernels that no launch reaches. --all adds every entry of the tables of configurations.
+python -m bench.compile.cases 90 [--all] [--only PREFIX] compiles them for one compute capability and prints JSON: what
+each launch compiled, and the kernels that no launch reaches. --all adds every entry of the tables of configurations.
 """
 
+import argparse
 import dataclasses
 import importlib
 import json
@@ -14,13 +15,10 @@ from pathlib import Path
 
 import torch
 
+from bench.compile.ahead_of_time import compile_launches, never_compiled
+from llmcore.kernels import apply_rotary, attention, device, rms_norm, swiglu
+
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-
-from ahead_of_time import compile_launches, never_compiled  # noqa: E402
-
-from llmcore.kernels import apply_rotary, attention, device, rms_norm, swiglu  # noqa: E402
-
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Case = tuple[str, Callable[[], object]]
 
@@ -81,21 +79,21 @@ def _apply_rotary(dtype, D, R, interleaved):
 
 def _row_cases(everything: bool) -> Iterator[Case]:
     for name, dtype in DTYPES.items():
-        for cols in (100, 128, 1024, 4096, 8192, 16384, 65536) if everything else (1000, 4096, 65536):
+        for cols in (100, 128, 1000, 1024, 4096, 8192, 16384, 65536) if everything else (1000, 4096, 65536):
             for residual in (False, True) if everything else (True,):
                 call = partial(_rms_norm, dtype, cols, residual)
                 yield f"rms_norm {name} {cols} {'with' if residual else 'without'}_residual", call
         for cols in (11008, 1001) if everything else (11008,):
             yield f"swiglu {name} {cols}", partial(_swiglu, dtype, cols)
-        for D, R in ((64, 64), (128, 128), (80, 80), (128, 64)) if everything else ((128, 128), (80, 40)):
+        for D, R in ((64, 64), (128, 128), (80, 80), (80, 40), (128, 64)) if everything else ((128, 128), (80, 40)):
             for interleaved in (False, True):
                 call = partial(_apply_rotary, dtype, D, R, interleaved)
                 yield f"apply_rotary {name} {D}/{R} {'interleaved' if interleaved else 'halves'}", call
 
 
-def main(capability: int, everything: bool) -> None:
+def main(capability: int, everything: bool, only: str = "") -> None:
     cases = [*_attention_cases(everything), *_row_cases(everything)]
-    compiled, kernels = compile_launches(capability, device, cases)
+    compiled, kernels = compile_launches(capability, device, [case for case in cases if case[0].startswith(only)])
     names = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
     modules = [importlib.import_module(f"llmcore.kernels.{name}") for name in names]
     report = {
@@ -106,4 +104,9 @@ def main(capability: int, everything: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), "--all" in sys.argv)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("capability", type=int)
+    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--only", default="", help="cases whose name begins so")
+    options = parser.parse_args()
+    main(options.capability, options.all, options.only)

@@ -1,8 +1,9 @@
 """Compile Triton kernels for a GPU that is not there, by calling their launch functions.
 
-A driver that only compiles takes the place of the real one, and every launch stops after compilation. So a compile case is an
-ordinary call of a launch function on CPU tensors, and what is compiled is exactly what that call would run on the GPU:
-the same configuration, the same specialisation on strides and alignment. For a process of its own: it never restores the driver.
+A driver that only compiles takes the place of the real one, and every launch stops after compilation. So a compile case
+is an ordinary call of a launch function on CPU tensors, and what is compiled is exactly what that call would run on the
+GPU: the same configuration, the same specialisation on strides and alignment. For a process of its own: it never
+restores the driver.
 """
 
 import ast
@@ -13,22 +14,31 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 MULTIPROCESSORS = 132
+# Of a multiprocessor, by compute capability: warps, bytes of shared memory, and what each program reserves of that.
+WARPS = {80: 64, 86: 48, 90: 64}
+SHARED_MEMORY = {80: 167936, 86: 102400, 90: 233472}
+REGISTERS, PROGRAMS, RESERVED_SHARED_MEMORY = 65536, 32, 1024
 
 
 @dataclass(frozen=True)
 class Compiled:
+    """What one launch compiled. registers: of a thread; stack: bytes of a thread, where spilled registers go; shared:
+    bytes of a program; occupancy: warps at once on a multiprocessor; then counts of instructions in the PTX."""
+
     case: str
     kernel: str
     registers: int
     stack: int
     shared: int
     num_warps: int
+    occupancy: int
     wgmma: int
     mma_sync: int
     bulk_copies: int
@@ -55,7 +65,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [cuobjdump, "-res-usage", file.name]
+        command = [str(cuobjdump), "-res-usage", file.name]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", listing)
     if found is None:
@@ -63,16 +73,25 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _describe(case: str, kernel) -> Compiled:
+def occupancy(capability: int, registers: int, shared: int, num_warps: int) -> int:
+    """Warps that run at once on a multiprocessor (CUDA programming guide, compute capabilities)."""
+    by_registers = REGISTERS // ((registers + 7) // 8 * 8 * 32 * num_warps)
+    by_shared = SHARED_MEMORY[capability] // (shared + RESERVED_SHARED_MEMORY)
+    return num_warps * min(by_registers, by_shared, WARPS[capability] // num_warps, PROGRAMS)
+
+
+def _describe(capability: int, case: str, kernel) -> Compiled:
     ptx = kernel.asm["ptx"]
     registers, stack = _resources(kernel.asm["cubin"])
+    shared, num_warps = kernel.metadata.shared, kernel.metadata.num_warps
     return Compiled(
         case=case,
         kernel=kernel.metadata.name,
         registers=registers,
         stack=stack,
-        shared=kernel.metadata.shared,
-        num_warps=kernel.metadata.num_warps,
+        shared=shared,
+        num_warps=num_warps,
+        occupancy=occupancy(capability, registers, shared, num_warps),
         wgmma=ptx.count("wgmma.mma_async"),
         mma_sync=ptx.count("mma.sync"),
         bulk_copies=ptx.count("cp.async.bulk.tensor"),
@@ -81,7 +100,7 @@ def _describe(case: str, kernel) -> Compiled:
 
 
 def compile_launches(
-    capability: int, device: ModuleType, cases: Iterable[tuple[str, Callable[[], object]]]
+    capability: int, device: Any, cases: Iterable[tuple[str, Callable[[], object]]]
 ) -> tuple[list[Compiled], set[JITFunction]]:
     """What every (name, launch) compiles for a capability like 90, and the kernels that were launched.
 
@@ -102,7 +121,7 @@ def compile_launches(
     for name, launch in cases:
         launched.clear()
         launch()
-        compiled += [_describe(name, kernel) for _, kernel in launched]
+        compiled += [_describe(capability, name, kernel) for _, kernel in launched]
         kernels |= {function for function, _ in launched}
     return compiled, kernels
 

@@ -1,0 +1,1 @@
+"""What the compilers make of every GPU kernel, on a machine without a GPU, and the record of it."""
