@@ -1,14 +1,17 @@
 """python -m bench ops [NAME ...] | overhead | step | race | compile: measure, print, and write a record under
-bench/results/. compile needs no GPU: what the compilers make of the GPU kernels."""
+bench/results/. compile needs no GPU: what the compilers make of the GPU kernels. report: tables and plots of the
+records. compare OLD NEW: what has become slower between two records of ops."""
 
 import argparse
 import importlib
 import json
 import re
 import sys
+from pathlib import Path
 
 import torch
 
+from bench import compare, report
 from bench.compile.record import ROOT, write_all
 from bench.timing import keep_freed_memory, machine
 
@@ -17,11 +20,21 @@ RESULTS = ROOT / "bench" / "results"
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("what", choices=("ops", "overhead", "step", "race", "compile"))
-    parser.add_argument("names", nargs="*", help="ops: only these")
+    parser.add_argument("what", choices=("ops", "overhead", "step", "race", "compile", "report", "compare"))
+    parser.add_argument("names", nargs="*", help="ops: only these; compare: two records")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="ops: where to measure")
+    parser.add_argument("--short", action="store_true", help="ops: the short set")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the records")
+    parser.add_argument("--resume", action="store_true", help="ops: go on with the record that is there")
     parser.add_argument("--seconds", type=float, default=240.0, help="race: training time of each model")
     options = parser.parse_args()
+    if options.what == "compare":
+        if len(options.names) != 2:
+            parser.error(f"compare takes two records, old and new, but {len(options.names)} were given.")
+        return compare.main(*map(Path, options.names))
+    if options.what == "report":
+        return report.main(ROOT, options.results)
     if options.what == "compile":
         for path in write_all(sorted((ROOT / "csrc" / "cuda").glob("*.cu"))):
             print(f"written: {path.relative_to(ROOT)}")
@@ -30,17 +43,18 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     run = importlib.import_module(f"bench.run_{options.what}").run
-    arguments = {"ops": (options.names,), "race": (options.seconds,)}.get(options.what, ())
-    where = machine()
-    device = re.sub(r"[^a-z0-9]+", "-", str(where["processor"]).lower()).strip("-")
-    folder = RESULTS / f"{device}-{options.threads}-threads"
+    where = machine(options.device)
+    name = str(where["gpu"]) if "gpu" in where else f"{where['processor']} {options.threads} threads"
+    folder = options.results / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ("-".join([options.what, *options.names]) + ".json")
-    records = []
-    for record in run(*arguments):  # written as they come: a run that is cut short keeps what it measured
-        records.append(record)
+    records = json.loads(path.read_text())["records"] if options.resume and path.exists() else []
+    done = {(r["op"], r["case"]) for r in records if "op" in r and r.get("pass") != "forward"}
+    arguments = {"ops": (options.names, options.device, options.short, done), "race": (options.seconds,)}
+    for record in run(*arguments.get(options.what, ())):
+        records.append(record)  # written as they come: a run that is cut short keeps what it measured
         path.write_text(json.dumps({"machine": where, "records": records}, indent=1) + "\n")
-    print(f"written: {path.relative_to(ROOT)}")
+    print(f"written: {path}")
     return 1 if any("error" in r for r in records) else 0
 
 

@@ -23,27 +23,22 @@ class Timing:
 
 
 def interleaved(
-    candidates: dict[str, Callable[[], object]], *, rounds: int = 9, round_seconds: float = 0.02
+    candidates: dict[str, Callable[[], object]], *, device: str = "cpu", rounds: int = 9, round_seconds: float = 0.02
 ) -> tuple[dict[str, Timing], dict[str, float]]:
-    """Times every candidate in each round.
+    """Times every candidate in each round; on a GPU by its own clock, from the first call's start to the last's end.
 
     Returns:
         the timings, and for each candidate the median over the rounds of its time divided by the first candidate's.
     """
+    repeated = _repeated_on_gpu if device == "cuda" else _repeated_on_cpu
     repeats = {}
     for name, call in candidates.items():
-        call()
-        call()
-        start = time.perf_counter()
-        call()
-        repeats[name] = max(1, int(round_seconds / max(time.perf_counter() - start, 1e-7)))
+        repeated(call, 2)
+        repeats[name] = max(1, int(round_seconds / max(repeated(call, 1), 1e-7)))
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, call in candidates.items():
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                call()
-            seconds[name].append((time.perf_counter() - start) / repeats[name])
+            seconds[name].append(repeated(call, repeats[name]))
     first = next(iter(candidates))
     timings, ratios = {}, {}
     for name, values in seconds.items():
@@ -53,13 +48,44 @@ def interleaved(
     return timings, ratios
 
 
-def machine() -> dict[str, str | int]:
+def _repeated_on_cpu(call: Callable[[], object], times: int) -> float:
+    """Seconds per call."""
+    start = time.perf_counter()
+    for _ in range(times):
+        call()
+    return (time.perf_counter() - start) / times
+
+
+def _repeated_on_gpu(call: Callable[[], object], times: int) -> float:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    begin.record()
+    for _ in range(times):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3 / times
+
+
+def peak_memory(call: Callable[[], object]) -> int:
+    """Bytes of GPU memory that a call needs beyond what is there before it."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def machine(device: str = "cpu") -> dict[str, str | int]:
     """What a record must say of where it was taken."""
     from llmcore import _extension
 
     cpu = _extension.cpu()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    gpu = _gpu() if device == "cuda" else {}
     return {
+        **gpu,
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "cpu kernels": cpu.isa() if cpu else "absent",
@@ -69,6 +95,23 @@ def machine() -> dict[str, str | int]:
         "command": "python -m bench " + " ".join(sys.argv[1:]),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _gpu() -> dict[str, str | int]:
+    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True).stdout.split(",")
+    except OSError:
+        said = []
+    names = ("driver", "SM clock", "memory clock")
+    facts = {name: value.strip() for name, value in zip(names, said, strict=False)}
+    try:
+        import triton
+
+        facts["triton"] = triton.__version__
+    except ImportError:
+        facts["triton"] = "absent"
+    return {"gpu": torch.cuda.get_device_name(), **facts}
 
 
 def _processor() -> str:

@@ -1,27 +1,36 @@
-"""Benchmarks declared as data, one module for each op: CASES holds what to run, against which peers."""
+"""Benchmarks declared as data, one module for each op: CASES holds what to run, where, and against which peers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+import torch
+
+Inputs = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row: `ours` and each peer take `inputs()` by keyword; inputs that require a gradient are differentiated.
+    """One row. `ours` and each peer take `inputs(device)` by keyword; inputs that require a gradient get one.
 
-    flops: of a forward, 0 when the op is bound by memory. eager is also compiled, as the peer torch.compile.
+    bytes: what a forward and what a backward must move between memory and processor. flops: of each; 0 where the op is
+    bound by memory. eager is also compiled, as the peer torch.compile. peers: functions that load a peer; what they
+    raise is the reason why it is absent. check: the inputs to prove correctness on, where the reference is too large
+    for the ones that are timed. short: part of the short set.
     """
 
     name: str
     ours: Callable[..., Any]
     eager: Callable[..., Any]
     reference: Callable[..., Any]
-    inputs: Callable[[], dict[str, Any]]
-    flops: float = 0.0
-    peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    inputs: Callable[[str], Inputs]
+    bytes: tuple[float, float] = (0.0, 0.0)
+    flops: tuple[float, float] = (0.0, 0.0)
+    peers: dict[str, Callable[[], Callable[..., Any]]] = field(default_factory=dict)
+    check: Callable[[str], Inputs] | None = None
+    device: str = "cpu"
+    short: bool = False
 
 
-def moved_bytes(tensors: list[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
