@@ -14,6 +14,7 @@ import torch
 from bench import compare, report
 from bench.compile.record import ROOT, write_all
 from bench.timing import keep_freed_memory, machine
+from llmcore.ops import registry
 
 RESULTS = ROOT / "bench" / "results"
 
@@ -39,6 +40,9 @@ def main() -> int:
         for path in write_all(sorted((ROOT / "csrc" / "cuda").glob("*.cu"))):
             print(f"written: {path.relative_to(ROOT)}")
         return 0
+    unknown = [name for name in options.names if name not in registry]
+    if unknown:
+        parser.error(f"{unknown[0]} is not an op; allowed: {', '.join(sorted(registry))}.")
     keep_freed_memory()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)

@@ -1,7 +1,7 @@
 """Two records of `python -m bench ops`, old and new: what has become slower beyond the noise.
 
-Compared are the ratios to eager PyTorch, which was timed in the same run as llmcore: two machines, or one machine on two
-days, differ in speed, but not nearly as much in ratios.
+Compared are the ratios to eager PyTorch, which was timed in the same run as llmcore: two machines, or one machine on
+two days, differ in speed, but not nearly as much in ratios.
 """
 
 import json

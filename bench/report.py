@@ -55,10 +55,10 @@ def figures(folder: Path, words: dict[str, str]) -> str:
                 ratios[row["op"], dtype_of(row), peer, row["pass"]].append(row["times faster than"][peer])
     kinds = list(dict.fromkeys(key[:2] for key in ratios))
     columns = [(peer, direction) for peer in PEERS for direction in PASSES]
-    body = [
-        [f"`{op}` {dtype}"] + [f"{min(ratios[op, dtype, *c]):.2f}–{max(ratios[op, dtype, *c]):.2f}" for c in columns]
-        for op, dtype in kinds
-    ]
+    body = []
+    for op, dtype in kinds:
+        ranges = [ratios[op, dtype, peer, direction] for peer, direction in columns]
+        body.append([f"`{op}` {dtype}", *(f"{min(r):.2f}–{max(r):.2f}" for r in ranges)])
     machine = ops["machine"]
     where = words["where"].format(
         processor=machine["processor"], threads=machine["threads"], kernels=machine["cpu kernels"],
@@ -127,9 +127,11 @@ def plot(record: dict[str, Any], path: Path) -> None:
         for offset, peer in ((-0.2, "eager"), (0.2, "torch.compile")):
             places = [i + offset for i, row in enumerate(own) if peer in row["times faster than"]]
             values = [row["times faster than"][peer] for row in own if peer in row["times faster than"]]
-            panel.barh(places, values, height=0.4, color=COLORS[peer], label=f"than {peer}")
+            beyond = [value - 1 for value in values]
+            panel.barh(places, beyond, left=1, height=0.4, color=COLORS[peer], label=f"than {peer}")
         panel.axvline(1, color="black", linewidth=0.8)
         panel.set_xscale("log")
+        panel.set_xlim(0.8, 20)
         panel.set_xticks([1, 2, 4, 8, 16], ["1×", "2×", "4×", "8×", "16×"])
         panel.set_yticks(range(len(own)), [f"{r['case']}, {r['pass']}" for r in own], fontsize=6)
         panel.set_ylim(len(own) - 0.4, -0.6)

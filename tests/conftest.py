@@ -2,7 +2,7 @@
 
 A plain session runs every backend that runs on this machine. With TRITON_INTERPRET=1 (tests/test_interpreted.py starts such
 a session, because one process cannot both interpret and compile) tests/ops runs the Triton kernels in the interpreter; with LLMCORE_CUDA_SHIM
-(tests/cuda) it runs the CUDA kernels on the CPU.
+(tests/cuda_on_cpu) it runs the CUDA kernels on the CPU.
 """
 
 import os
@@ -22,7 +22,7 @@ if INTERPRETED:
     triton_interpreter.install()
 
 if SHIMMED:
-    from cuda import shim_session
+    from cuda_on_cpu import shim_session
 
     shim_session.install(os.environ["LLMCORE_CUDA_SHIM"])
 

@@ -1,5 +1,5 @@
 """What this test session can prove: everything that runs here, or the Triton kernels in their interpreter, or the CUDA
-kernels on the CPU (tests/cuda)."""
+kernels on the CPU (tests/cuda_on_cpu)."""
 
 import os
 

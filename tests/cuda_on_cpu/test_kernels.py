@@ -4,7 +4,7 @@ import shutil
 import sys
 
 import pytest
-from cuda import build_shim
+from cuda_on_cpu import build_shim
 from sessions import INTERPRETED, SHIMMED
 
 pytest.importorskip("pybind11", reason="the module's bindings need pybind11")

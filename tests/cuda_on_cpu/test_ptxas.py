@@ -1,7 +1,7 @@
 """What ptxas makes of csrc/cuda: no spills, and no worse than the committed record."""
 
 import pytest
-from cuda import build_shim
+from cuda_on_cpu import build_shim
 
 from bench.compile import record
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from cuda import build_shim
+from cuda_on_cpu import build_shim
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="fibers and sanitizers are set up for Linux")
 EXAMPLES = build_shim.SHIM.parent / "examples.cu"
