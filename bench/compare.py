@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-# Of a ratio, what repeated runs on a shared machine have shown to differ by without a cause.
-NOISE = 0.1
+# Two runs of the same code on a machine that others use differed by up to 0.22 of a ratio.
+NOISE = 0.25
 
 
 def read(path: Path) -> dict[str, Any]:
