@@ -1,7 +1,9 @@
 """Compiles csrc/cuda for the CPU, against the stand-in for cuda_runtime.h in shim/, and runs tests on the result."""
 
+import importlib.util
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -17,6 +19,25 @@ SANITIZED = shlex.split("-fsanitize=address,alignment -fno-sanitize-recover=alig
 
 def compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX", "g++"))
+
+
+def missing() -> str | None:
+    """What this machine lacks to compile the kernels and their Python module, or None."""
+    if sys.platform != "linux":
+        return "the fibers are set up for Linux"
+    if shutil.which(compiler()[0]) is None:
+        return f"the C++ compiler {compiler()[0]} is not installed"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "this Python's development files are not installed"
+    if importlib.util.find_spec("pybind11") is None:
+        return "pybind11 is not installed"
+    return None
+
+
+def missing_sanitizer() -> str | None:
+    if missing() is not None:
+        return missing()
+    return None if sanitizer_library().is_absolute() else f"{compiler()[0]} comes without libasan.so"
 
 
 def run(command: list[str], **options) -> subprocess.CompletedProcess[str]:
@@ -68,10 +89,14 @@ class Builder:
         return self._link(self.directory / name, {kernel: compile_(source, source.with_suffix(".o"), self.options)})
 
 
+def sanitizer_library() -> Path:
+    """A compiler that has none prints the bare name."""
+    return Path(run([*compiler(), "-print-file-name=libasan.so"]).stdout.strip())
+
+
 def sanitizer_environment() -> dict[str, str]:
     """What a Python needs that loads a module with AddressSanitizer."""
-    library = run([*compiler(), "-print-file-name=libasan.so"]).stdout.strip()
-    return {"LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0"}
+    return {"LD_PRELOAD": str(sanitizer_library()), "ASAN_OPTIONS": "detect_leaks=0"}
 
 
 def prove(module: Path, op: str, **environment: str) -> subprocess.CompletedProcess[str]:

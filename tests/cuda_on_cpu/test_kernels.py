@@ -1,17 +1,18 @@
 """Every csrc/cuda/<op>.cu without a GPU: against the reference, and against what goes wrong in CUDA."""
 
 import shutil
-import sys
 
 import pytest
 from cuda_on_cpu import build_shim
 from sessions import INTERPRETED, SHIMMED
 
-pytest.importorskip("pybind11", reason="the module's bindings need pybind11")
 pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="fibers and sanitizers are set up for Linux"),
+    pytest.mark.skipif(build_shim.missing() is not None, reason=str(build_shim.missing())),
     pytest.mark.skipif(INTERPRETED or SHIMMED, reason="starts sessions of its own"),
 ]
+needs_sanitizer = pytest.mark.skipif(
+    build_shim.missing_sanitizer() is not None, reason=str(build_shim.missing_sanitizer())
+)
 KERNELS = {kernel.stem: kernel for kernel in build_shim.KERNELS}
 RMS_NORM = KERNELS["rms_norm"].read_text()
 BARRIER = "__syncthreads();"
@@ -34,6 +35,7 @@ def test_agrees_with_the_reference_in_every_order_of_threads(builder, op, seed):
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
 
 
+@needs_sanitizer
 @pytest.mark.parametrize("op", KERNELS)
 def test_stays_inside_its_memory_and_alignment(sanitized, op):
     done = build_shim.prove(sanitized.module, op, **build_shim.sanitizer_environment())
@@ -69,6 +71,7 @@ def test_a_planted_missing_barrier_is_found(builder, which):
     assert done.returncode == 1 and "WRONG" in done.stdout, done.stdout[-2000:]
 
 
+@needs_sanitizer
 @pytest.mark.parametrize(
     ("name", "old", "new"),
     [

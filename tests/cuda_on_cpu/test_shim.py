@@ -2,13 +2,12 @@
 
 import ctypes
 import subprocess
-import sys
 
 import pytest
 import torch
 from cuda_on_cpu import build_shim
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="fibers and sanitizers are set up for Linux")
+pytestmark = pytest.mark.skipif(build_shim.missing() is not None, reason=str(build_shim.missing()))
 EXAMPLES = build_shim.SHIM.parent / "examples.cu"
 
 
@@ -91,6 +90,7 @@ def test_shared_memory_is_never_zero_by_chance(library):
     assert out.isnan().all()
 
 
+@pytest.mark.skipif(build_shim.missing_sanitizer() is not None, reason=str(build_shim.missing_sanitizer()))
 @pytest.mark.parametrize(("by", "found"), [(0, False), (1, True)])
 def test_reading_past_shared_memory_is_found(tmp_path, by, found):
     objects = build_shim.compile_all([EXAMPLES, build_shim.SHIM / "shim.cpp"], tmp_path, build_shim.SANITIZED)
