@@ -18,7 +18,7 @@ def liger():
 def flash_linear_attention():
     from fla.modules.activations import swiglu
 
-    return swiglu
+    return lambda gate, up: swiglu(gate, up)
 
 
 GPU_PEERS = {"Liger": liger, "flash-linear-attention": flash_linear_attention}
