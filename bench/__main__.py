@@ -1,6 +1,6 @@
 """python -m bench VERB: measure, print, and write a record under bench/results/, or read the records.
 
-measure: ops [NAME ...], errors, overhead, step, scaling, race, curves, mine CONFIG (a preset, a training configuration
+measure: ops [NAME ...], errors [NAME ...], overhead, step, scaling, race, curves, mine CONFIG (a preset, a training configuration
 or a Hugging Face config.json); compile needs no GPU: what the compilers make of the GPU kernels.
 read: report (tables and plots of the records), compare OLD NEW (what has become slower between two records of ops).
 """
@@ -34,7 +34,7 @@ def parser_of() -> argparse.ArgumentParser:
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", metavar="VERB", choices=VERBS, help=", ".join(VERBS))
-    parser.add_argument("names", nargs="*", help="ops: only these; compare: two records; mine: the model")
+    parser.add_argument("names", nargs="*", help="ops, errors: only these; compare: two records; mine: the model")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="ops, errors, mine: where to measure")
     parser.add_argument("--short", action="store_true", help="ops: the short set")
@@ -115,7 +115,7 @@ def measurements(options: argparse.Namespace, records: list[dict[str, Any]]) -> 
         return run.run_cases(cases, options.device, done)
     arguments = {
         "ops": (options.names, options.device, options.short, done),
-        "errors": (options.device,),
+        "errors": (options.names, options.device),
         "race": (options.seconds,),
         "curves": (options.steps, {r["name"] for r in records if "name" in r}),
     }

@@ -20,8 +20,8 @@ def relative_errors(actual: torch.Tensor, exact: torch.Tensor) -> tuple[float, f
     return (error.square().mean().sqrt() / scale).item(), (error.max() / scale).item()
 
 
-def run(device: str) -> Iterator[dict[str, Any]]:
-    for name in sorted(ops.registry):
+def run(only: list[str], device: str) -> Iterator[dict[str, Any]]:
+    for name in only or sorted(ops.registry):
         module = importlib.import_module(f"bench.ops.bench_{name}")
         for dtype in DTYPES:
             for size in module.SIZES:

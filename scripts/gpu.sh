@@ -4,7 +4,8 @@
 #   scripts/gpu.sh [--rehearse] [--long] [--out DIR] [--wheels DIR]
 #
 # Builds the native parts, runs the tests of every op on every backend, compute-sanitizer, and the benchmarks: the short
-# set (under 8 minutes), with --long the others too, going on where an earlier run stopped. Records go to bench/results/,
+# set (under 8 minutes), with --long the others too, going on where an earlier run stopped; then the errors against
+# float64. Records go to bench/results/,
 # what was printed to DIR (default gpu-run). Python packages that are missing are taken from the folder of wheels.
 # --rehearse does every step on a machine without a GPU, on the CPU and on little; its records go to DIR.
 # Exits with 1 if a build, a test or a correctness check failed.
@@ -75,11 +76,13 @@ if [ -n "$rehearse" ]; then
     step tests 300 "$python" -m pytest tests/ops/test_rms_norm.py -q -p no:cacheprovider || failed=1
     step sanitizer 60 bash -c sanitizer || failed=1
     step bench 300 "$python" -m bench ops swiglu --short --results "$out" || failed=1
+    step errors 300 "$python" -m bench errors swiglu --results "$out" || failed=1
 else
     step tests 600 "$python" -m pytest tests/ops -q -p no:cacheprovider || failed=1
     step sanitizer 180 bash -c sanitizer || failed=1
     step bench 480 "$python" -m bench ops --device cuda --short || failed=1
     [ -z "$long" ] || step bench-long 3600 "$python" -m bench ops --device cuda --resume || failed=1
+    step errors 240 "$python" -m bench errors --device cuda || failed=1
     cp -r bench/results "$out/"
 fi
 exit $failed
