@@ -21,6 +21,11 @@ LARGEST_ROTATION = 256 << 20
 SMALL_SECONDS = 100e-6
 
 
+def significant(x: float) -> float:
+    """Rounded to four digits."""
+    return float(f"{x:.4g}")
+
+
 class Measured(NamedTuple):
     """A record to keep, and the timings it was made from (empty where llmcore is wrong)."""
 
@@ -79,8 +84,8 @@ def measure(case: Case, ceilings: Ceilings, device: str) -> Iterator[Measured]:
         record["times faster than"] = {n: round(r, 3) for n, r in ratios.items() if n != "llmcore"}
         record["inputs"] = len(sets)
         record["bytes"], record["flops"] = moved, flops
-        record["GB/s"] = {n: round(moved / t.median / 1e9, 1) for n, t in timings.items()}
-        record["GFLOP/s"] = {n: round(flops / t.median / 1e9, 1) for n, t in timings.items()}
+        record["GB/s"] = {n: significant(moved / t.median / 1e9) for n, t in timings.items()}
+        record["GFLOP/s"] = {n: significant(flops / t.median / 1e9) for n, t in timings.items()}
         in_memory, in_products = moved / ceilings.copy_bytes, flops / ceilings.product_flops[leaves_of(inputs)[0].dtype]
         record["bound by"] = "memory" if in_memory > in_products else "matrix product"
         least = max(in_memory, in_products)

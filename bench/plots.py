@@ -12,6 +12,7 @@ COLORS = {
     "xformers": "#64b5cd", "mamba-ssm": "#2f7f5f", "plain PyTorch, one ulp away": "#9fb8d9",
 }  # fmt: skip
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
 PASSES = ("forward", "forward + backward")
 
 
@@ -65,7 +66,7 @@ def lines(axis: Any, rows: Rows, x: str, field: str, factor: float = 1.0) -> Non
     """A line for each candidate, over the rows in order of x."""
     for name in candidates_in(rows, field):
         points = sorted((row[x], row[field][name] * factor) for row in rows if name in row[field])
-        style = {"linewidth": 2.0, "zorder": 3} if name == "llmcore" else {"linewidth": 1.2}
+        style = {"linewidth": 3.0, "alpha": 0.8} if name == "llmcore" else {"linewidth": 1.2, "linestyle": "--"}
         axis.plot(*zip(*points, strict=True), marker="o", markersize=3, color=COLORS.get(name), label=name, **style)
 
 
@@ -161,7 +162,7 @@ def roofline(rows: Rows, ceilings: dict[str, Any], title: str, path: Path) -> Pa
         low, high = min(0.1, *intensities) / 2, max(product / copy, *intensities) * 4
         axis.plot([low, product / copy, high], [low * copy, product, product], color="black", linewidth=1)
         axis.text(high, product, f"matrix product {product:,.0f} GFLOP/s", ha="right", va="bottom", fontsize=7)
-        axis.text(low * 1.3, low * copy * 2.2, f"copy {copy:.0f} GB/s", fontsize=7)
+        axis.text(low * 2, low * copy * 1.3, f"copy {copy:.0f} GB/s", va="top", fontsize=7)
         for i, op in enumerate(ops):
             for direction, mark in marks.items():
                 points = [
@@ -222,22 +223,23 @@ def scaling(rows: Rows, title: str, path: Path) -> Path:
 
 
 def errors(rows: Rows, title: str, path: Path) -> Path:
-    """Error against float64 by size, a panel for each op and dtype: the worst of the outputs, and of the gradients."""
+    """Error against float64 by size, in epsilons of the dtype: the worst of the outputs, and of the gradients."""
     chosen = grouped(rows, lambda r: (r["op"], r["dtype"], "gradients" if "gradient" in r["value"] else "outputs"))
     figure, axes = panels(len(chosen), 6, 2.2)
     for axis, ((op, dtype, kind), own) in zip(axes, chosen.items(), strict=True):
+        epsilon = EPSILON[dtype]
         worst = [
             {
                 "size": size,
-                "rms": {n: max(r["rms"].get(n, 0.0) for r in same) for n in candidates_in(same, "rms")},
+                "rms": {n: max(r["rms"].get(n, 0.0) for r in same) / epsilon for n in candidates_in(same, "rms")},
             }
             for size, same in grouped(own, lambda r: r["size"]).items()
         ]
         lines(axis, worst, "size", "rms")
         powers(axis, [row["size"] for row in worst])
-        axis.set_yscale("log")
+        axis.set_ylim(bottom=0)
         axis.set_title(f"{op} {SHORT[dtype]}, {kind}")
-        axis.set_ylabel("rms error / rms")
+        axis.set_ylabel("rms error, epsilons")
     legend(figure, axes)
     return finish(figure, title, path)
 
