@@ -103,8 +103,7 @@ def train(config: TrainConfig, start: Start, run: Path, corpus: Corpus, world: W
 
         # The step.
         lr = learning_rate(config.optimizer, step, done)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        optimizer.set_learning_rate(lr)
         optimizer.step()
         optimizer.zero_grad()
         step += 1

@@ -42,8 +42,7 @@ def losses_of(model: nn.Module, config: TrainConfig, corpus: Corpus, bf16: bool,
         inputs, targets = batches(step, 0, 1)
         losses.append(float(forward_backward(model, inputs, targets, config.batch_size, autocast)))
         nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config.optimizer, step, progress(step, 0.0, steps, None))
+        optimizer.set_learning_rate(learning_rate(config.optimizer, step, progress(step, 0.0, steps, None)))
         optimizer.step()
         optimizer.zero_grad()
     return losses

@@ -31,8 +31,7 @@ def train(model: nn.Module, config: TrainConfig, corpus: Corpus, bf16: bool, sec
         inputs, targets = batches(step, 0, 1)
         forward_backward(model, inputs, targets, config.batch_size, autocast)
         nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config.optimizer, step, progress(step, elapsed, None, seconds))
+        optimizer.set_learning_rate(learning_rate(config.optimizer, step, progress(step, elapsed, None, seconds)))
         optimizer.step()
         optimizer.zero_grad()
         step += 1

@@ -1,7 +1,7 @@
 """A checkpoint is a directory that is either whole or not there.
 
     step_100/model.safetensors, config.json   the model, as llmcore.models.save and load write and read it
-    step_100/optimizer.safetensors            AdamW's state, one tensor per parameter and moment
+    step_100/optimizer.safetensors            the optimizer's state, one tensor per parameter and moment
     step_100/meta.json                        step, seconds, configuration, commit, versions, SHA-256 of text and files
 
 It is written to step_100.tmp, flushed to the disk and renamed; it is verified before it is read; nothing is unpickled.
@@ -24,6 +24,7 @@ from torch import nn
 
 from llmcore import models
 from llmcore._version import __version__
+from llmcore.train.optimizer import Optimizers
 
 META, OPTIMIZER = "meta.json", "optimizer.safetensors"
 
@@ -37,7 +38,7 @@ def save_checkpoint(
     step: int,
     seconds: float,
     model: models.Decoder,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizers,
     config: dict[str, Any],
     text: dict[str, Any],
 ) -> Path:
@@ -104,7 +105,7 @@ def require_model(checkpoint: Path, config: models.ModelConfig) -> None:
             raise CheckpointError(f"{checkpoint} holds a model with {name}={value}; this run asks for {asked}.")
 
 
-def load_checkpoint(checkpoint: Path, model: models.Decoder, optimizer: torch.optim.Optimizer) -> None:
+def load_checkpoint(checkpoint: Path, model: models.Decoder, optimizer: Optimizers) -> None:
     """Put a verified checkpoint of the same model into `model` and `optimizer`."""
     model.load_state_dict(models.load(checkpoint).state_dict())
     parameters = dict(model.named_parameters())
@@ -115,7 +116,12 @@ def load_checkpoint(checkpoint: Path, model: models.Decoder, optimizer: torch.op
         for name in names:
             parameter, _, moment = name.rpartition(".")
             owner = parameters[parameter]
-            optimizer.state[owner][moment] = file.get_tensor(name).to(owner.device)
+            if moment not in optimizer.moments_of(owner):
+                raise CheckpointError(
+                    f"{checkpoint / OPTIMIZER} holds the state of another optimizer: {moment} of {parameter}; "
+                    "resume with the optimizer.kind it was trained with."
+                )
+            optimizer.state_of(owner)[moment] = file.get_tensor(name).to(owner.device)
 
 
 def checkpoints(run: Path) -> dict[int, Path]:
@@ -146,11 +152,11 @@ def git_commit() -> str | None:
         return None
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _optimizer_tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, torch.Tensor]:
     return {
         f"{name}.{moment}": value.contiguous()
         for name, parameter in model.named_parameters()
-        for moment, value in optimizer.state[parameter].items()
+        for moment, value in optimizer.state_of(parameter).items()
     }
 
 

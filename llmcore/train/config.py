@@ -23,18 +23,26 @@ class DataConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW; the learning rate rises linearly, then follows a cosine over the run."""
+    """The optimizer and its schedule: the learning rate rises linearly, then follows `schedule` over the run."""
 
+    kind: Literal["adamw", "adam", "muon"] = "adamw"
+    """AdamW; Adam, whose decay is part of the gradient; or Muon for the layers' matrices and AdamW for the rest."""
     lr: float = 3e-3
     """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "polynomial", "constant", "wsd"] = "cosine"
+    """How it falls: wsd (warm-up, stable, decay) is constant until the last decay_ratio of the run, then linear."""
     final_lr_ratio: float = 0.02
-    """Learning rate at the end, as a share of the peak."""
+    """Learning rate at the end, as a share of the peak; constant ignores it."""
+    power: float = 2.0
+    """Exponent of the polynomial schedule; 1 is linear."""
+    decay_ratio: float = 0.2
+    """Share of the run in which wsd falls."""
     warmup_steps: int = 100
     """Steps in which the learning rate rises from zero."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of matrices and embeddings; vectors have none."""
+    """Decay of matrices and embeddings; vectors have none."""
     beta1: float = 0.9
-    """Decay of the gradient's running mean, per step."""
+    """Decay of the gradient's running mean, per step; also Muon's momentum."""
     beta2: float = 0.98
     """Decay of the squared gradient's running mean, per step."""
     grad_clip: float = 1.0
@@ -124,6 +132,8 @@ class TrainConfig:
             ("checkpoint_interval", self.checkpoint_interval, 0, None),
             ("optimizer.lr", self.optimizer.lr, 0, None),
             ("optimizer.final_lr_ratio", self.optimizer.final_lr_ratio, 0, 1),
+            ("optimizer.power", self.optimizer.power, 0, None),
+            ("optimizer.decay_ratio", self.optimizer.decay_ratio, 0, 1),
             ("optimizer.warmup_steps", self.optimizer.warmup_steps, 0, None),
             ("optimizer.weight_decay", self.optimizer.weight_decay, 0, None),
             ("optimizer.beta1", self.optimizer.beta1, 0, 0.99999),
