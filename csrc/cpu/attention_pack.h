@@ -2,6 +2,7 @@
 #pragma once
 
 #include <new>
+#include <type_traits>
 
 #include "cpu/attention_problem.h"
 
@@ -62,7 +63,12 @@ template <class T>
 struct Products {
     using type = Floats;
 };
-#if defined(LLMCORE_BF16_PAIRS)
+#if defined(LLMCORE_TILES)
+template <>
+struct Products<bf16_t> {
+    using type = Bf16Tiles;
+};
+#elif defined(LLMCORE_BF16_PAIRS)
 template <>
 struct Products<bf16_t> {
     using type = Bf16Pairs;

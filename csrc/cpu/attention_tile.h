@@ -10,6 +10,7 @@
 #pragma once
 
 #include "cpu/simd.h"
+#include "cpu/tiles_amx.h"
 
 namespace llmcore::LLMCORE_ISA {
 namespace {
@@ -28,12 +29,21 @@ struct Floats {
     using Word = float;
     using Words = vf;
     static constexpr int per_word = 1;
+    static constexpr int tile_keys = block_keys, key_step = 2;  // of a tile of keys; its first key is a multiple of key_step
+    static constexpr int64_t words(int64_t n) { return n; }     // that a packed row of n elements is multiplied by
 };
 
 struct Bf16Pairs {
     using Word = uint32_t;  // the even element in the low half
     using Words = vu;
     static constexpr int per_word = 2;
+    static constexpr int tile_keys = block_keys, key_step = 2;
+    static constexpr int64_t words(int64_t n) { return n / 2; }
+};
+
+struct Bf16Tiles : Bf16Pairs {  // of AMX: attention_amx.h
+    static constexpr int tile_keys = 128, key_step = 32;
+    static constexpr int64_t words(int64_t n) { return (n / 2 + 15) / 16 * 16; }
 };
 
 LLMCORE_INLINE vf multiply_add(vf a, vf b, vf c) { return fmadd(a, b, c); }
@@ -62,6 +72,20 @@ LLMCORE_INLINE vh round_to_bf16(vf x) {
 
 LLMCORE_INLINE vu bf16_pairs(vh even, vh odd) {
     return __builtin_convertvector(even, vu) | (__builtin_convertvector(odd, vu) << 16);
+}
+
+LLMCORE_INLINE vu round_to_pairs(vf even, vf odd) {
+#if defined(LLMCORE_AVX512) && defined(__AVX512BF16__)
+    constexpr auto place = [](int i) { return uint16_t(i / 2 + i % 2 * 16); };
+    static constexpr uint16_t alternate[32] = {place(0),  place(1),  place(2),  place(3),  place(4),  place(5),  place(6),  place(7),
+                                               place(8),  place(9),  place(10), place(11), place(12), place(13), place(14), place(15),
+                                               place(16), place(17), place(18), place(19), place(20), place(21), place(22), place(23),
+                                               place(24), place(25), place(26), place(27), place(28), place(29), place(30), place(31)};
+    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+    return (vu)_mm512_permutexvar_epi16(load_bits<__m512i>(alternate), halves);
+#else
+    return bf16_pairs(round_to_bf16(even), round_to_bf16(odd));
+#endif
 }
 
 template <int N>
