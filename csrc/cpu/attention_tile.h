@@ -30,7 +30,8 @@ struct Floats {
     using Words = vf;
     static constexpr int per_word = 1;
     static constexpr int tile_keys = block_keys, key_step = 2;  // of a tile of keys; its first key is a multiple of key_step
-    static constexpr int64_t words(int64_t n) { return n; }     // that a packed row of n elements is multiplied by
+    static constexpr int padded_keys(int n) { return round_up(n, tile_rows); }
+    static constexpr int64_t words(int64_t n) { return n; }  // of n elements, where they are summed over
 };
 
 struct Bf16Pairs {
@@ -38,11 +39,13 @@ struct Bf16Pairs {
     using Words = vu;
     static constexpr int per_word = 2;
     static constexpr int tile_keys = block_keys, key_step = 2;
+    static constexpr int padded_keys(int n) { return round_up(n, tile_rows); }
     static constexpr int64_t words(int64_t n) { return n / 2; }
 };
 
 struct Bf16Tiles : Bf16Pairs {  // of AMX: attention_amx.h
     static constexpr int tile_keys = 128, key_step = 32;
+    static constexpr int padded_keys(int n) { return round_up(n, 32); }
     static constexpr int64_t words(int64_t n) { return (n / 2 + 15) / 16 * 16; }
 };
 
