@@ -290,9 +290,7 @@ void attention_bwd(const void* dout, const float* dlse, const void* q, const voi
                      dq,
                      dk,
                      dv};
-    with_element(dtype, [&](auto element) { 
-        using T = decltype(element);
-        backward<std::conditional_t<std::is_same_v<T, bf16_t> && std::is_same_v<typename Products<T>::type, Bf16Tiles>, Bf16Pairs, typename Products<T>::type>, T>(p, o); });
+    with_element(dtype, [&](auto element) { backward<typename Products<decltype(element)>::type, decltype(element)>(p, o); });
 }
 
 }  // namespace llmcore::LLMCORE_ISA
