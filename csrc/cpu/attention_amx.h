@@ -89,6 +89,7 @@ LLMCORE_INLINE TileRows transposed_keys_at(const uint32_t* words, int64_t key, i
 template <class T>
 void pack_transposed_keys(const T* from, int64_t from_stride, int64_t begin, int64_t end, int64_t n, uint32_t* to) {
     for (int64_t j = begin; j < end; j += 32) {
+        for (int64_t ahead = j + 32; ahead < least(j + 64, end); ++ahead) prefetch_row(from + ahead * from_stride, n);
         for (int64_t d = 0; d < n; d += tile_size) {
             uint32_t pairs[tile_size][tile_size];
             uint32_t* tile = to + j / 32 * transposed_words(n) + d * tile_size;
@@ -99,8 +100,7 @@ void pack_transposed_keys(const T* from, int64_t from_stride, int64_t begin, int
                 const vh high = j + 2 * i + 1 < end ? load_halves(even + from_stride, count) : vh{};
                 store_bits(pairs[i], bf16_pairs(low, high));
             }
-            for (int i = 0; i < tile_size; i += 4)
-                for (int w = 0; w < tile_size; w += 4) transpose_4x4(&pairs[i][w], tile_size, tile + w * tile_size + i, tile_size);
+            for (int w = 0; w < tile_size; w += 4) transpose_to_vectors(&pairs[0][w], tile_size, tile + w * tile_size, tile_size);
         }
     }
 }
@@ -111,15 +111,22 @@ void pack_tile_keys(const T* from, int64_t from_stride, int64_t begin, int64_t e
     fill_zero(to + end * leading(n / 2), (round_up(int(end), 32) - end) * leading(n / 2));
 }
 
+// A lambda that is not inlined keeps what it captures in memory.
+#define LLMCORE_INLINED __attribute__((always_inline))
+
 // Calls f(key, edge) for the keys [begin, end), two by two, of a panel of N vectors of rows from `column` on, relative to `first`;
 // `edge` is false where all rows see both keys.
 template <int N, class F>
 LLMCORE_INLINE void for_key_pairs(const BlockRange& range, int column, int first, int begin, int end, const F& f) {
     const int seen_begin = (range.lo[column + N * VL - 1] - first + 1) & ~1, seen_end = (range.hi[column] - first) & ~1;
-    int j = begin;
-    for (; j < end && j < seen_begin; j += 2) f(j, std::true_type{});
-    for (; j < end && j < seen_end; j += 2) f(j, std::false_type{});
-    for (; j < end; j += 2) f(j, std::true_type{});
+    for (int j = begin; j < end;) {
+        if (j < seen_begin || j >= seen_end) {
+            f(j, std::true_type{});
+            j += 2;
+        } else {
+            for (; j < end && j < seen_end; j += 2) f(j, std::false_type{});
+        }
+    }
 }
 
 }  // namespace

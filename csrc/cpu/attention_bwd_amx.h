@@ -85,14 +85,14 @@ __attribute__((noinline)) void gradient_panel(const Problem& problem, const BwdT
         lo[v] = load_bits<vi>(range.lo + column + v * VL) - first;
         hi[v] = load_bits<vi>(range.hi + column + v * VL) - first;
     }
-    const auto store_weights = [&](int j, const vf(&p)[2 * N], const vf(&ds)[2 * N]) {
+    const auto store_weights = [&](int j, const vf(&p)[2 * N], const vf(&ds)[2 * N]) LLMCORE_INLINED {
         for (int i = 0; i < 2; ++i) {
             store_row(p_rows + (j + i) * stride, p + i * N, N == 2);
             store_row(ds_rows + (j + i) * stride, ds + i * N, N == 2);
         }
         for (int v = 0; v < N; ++v) store_bits(w.ds_pairs + j / 2 * panel_rows + v * VL, round_to_pairs(ds[v], ds[N + v]));
     };
-    for_key_pairs<N>(range, column, first, begin, end, [&](int j, auto edge) {
+    for_key_pairs<N>(range, column, first, begin, end, [&](int j, auto edge) LLMCORE_INLINED {
         vf p[2 * N], ds[2 * N];
         for (int i = 0; i < 2 * N; ++i) {
             const int key = j + i / N, v = i % N;
@@ -161,7 +161,7 @@ void write_sums(Bf16Tiles, const Problem& p, const float* sums, Row row, int row
         for (int i = 0; i < count; ++i, row.next()) to[i] = dq + p.output_row(row) * p.D;
         for (int64_t d = 0; d < p.D; d += VL) {
             float four[4][VL];
-            for (int j = 0; j < VL; j += 4) transpose_4x4(sums + (d + j) * block_rows + first, block_rows, four[0] + j, VL);
+            transpose_to_vectors(sums + d * block_rows + first, block_rows, four[0], VL);
             for (int i = 0; i < count; ++i) write_scaled(four[i], p.scale, least(p.D - d, VL), to[i] + d);
         }
     }

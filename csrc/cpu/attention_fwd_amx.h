@@ -32,8 +32,8 @@ struct PackedKeys<Bf16Tiles> {
 
 template <>
 struct FwdBlock<Bf16Tiles> {
-    uint32_t *q_rows, *q, *weights;  // weights: pairs of keys of one panel
-    float *scores, *sums;            // scores of one panel; sums: o, transposed
+    uint32_t *q_rows, *q, *weights;  // weights: one panel's, pairs of keys
+    float *scores, *sums;            // scores: one panel's; sums: o, transposed
     BlockRange* range;
 
     void place(Layout& layout, const Problem& p) {
@@ -48,8 +48,8 @@ struct FwdBlock<Bf16Tiles> {
     void end(const Problem& p, const Partial& partial, int rows) const {
         const int64_t stride = leading(p.Dv);
         for (int i = 0; i < rows; i += 4)
-            for (int64_t d = 0; d < p.Dv; d += 4) {
-                transpose_4x4(sums + d * block_rows + i, block_rows, partial.o + i * stride + d, stride);
+            for (int64_t d = 0; d < p.Dv; d += VL) {
+                transpose_to_vectors(sums + d * block_rows + i, block_rows, partial.o + i * stride + d, stride);
             }
     }
 };
@@ -67,18 +67,18 @@ __attribute__((noinline)) void softmax_panel(const Problem& p, const FwdBlock<Bf
         hi[v] = load_bits<vi>(w.range->hi + column + v * VL) - first;
         sum[0][v] = sum[1][v] = zero();
     }
-    const auto hide = [&](int j, int v, auto edge, vf x) {
+    const auto hide = [&](int j, int v, auto edge, vf x) LLMCORE_INLINED {
         if constexpr (decltype(edge)::value) return select((lo[v] <= j) & (hi[v] > j), x, broadcast(-infinity));
         return x;
     };
-    for_key_pairs<N>(*w.range, column, first, begin, end, [&](int j, auto edge) {
+    for_key_pairs<N>(*w.range, column, first, begin, end, [&](int j, auto edge) LLMCORE_INLINED {
         for (int i = 0; i < 2 * N; ++i) {
             const int key = j + i / N, v = i % N;
             largest[v] = max(hide(key, v, edge, load(w.scores + key * panel_rows + v * VL) * p.scale), largest[v]);
         }
     });
     for (int v = 0; v < N; ++v) shift[v] = largest[v] * log2_e;
-    for_key_pairs<N>(*w.range, column, first, begin, end, [&](int j, auto edge) {
+    for_key_pairs<N>(*w.range, column, first, begin, end, [&](int j, auto edge) LLMCORE_INLINED {
         vf x[2 * N];
         for (int i = 0; i < 2 * N; ++i) {
             const int key = j + i / N, v = i % N;

@@ -44,7 +44,7 @@ struct Bf16Pairs {
 };
 
 struct Bf16Tiles : Bf16Pairs {  // of AMX: attention_amx.h
-    static constexpr int tile_keys = 128, key_step = 32;
+    static constexpr int tile_keys = 256, key_step = 32;
     static constexpr int padded_keys(int n) { return round_up(n, 32); }
     static constexpr int64_t words(int64_t n) { return (n / 2 + 15) / 16 * 16; }
 };
