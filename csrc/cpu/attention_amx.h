@@ -12,6 +12,7 @@ namespace llmcore::LLMCORE_ISA {
 namespace {
 
 static_assert(VL == 16, "a row of a tile is a vector");
+static_assert(block_rows % 32 == 0 && pack_share % Bf16Tiles::key_step == 0, "blocks and shares are whole tiles");
 
 constexpr int tile_size = 16;  // rows, and words of a row
 constexpr int panel_rows = 2 * tile_size;

@@ -79,11 +79,8 @@ LLMCORE_INLINE vu bf16_pairs(vh even, vh odd) {
 
 LLMCORE_INLINE vu round_to_pairs(vf even, vf odd) {
 #if defined(LLMCORE_AVX512) && defined(__AVX512BF16__)
-    constexpr auto place = [](int i) { return uint16_t(i / 2 + i % 2 * 16); };
-    static constexpr uint16_t alternate[32] = {place(0),  place(1),  place(2),  place(3),  place(4),  place(5),  place(6),  place(7),
-                                               place(8),  place(9),  place(10), place(11), place(12), place(13), place(14), place(15),
-                                               place(16), place(17), place(18), place(19), place(20), place(21), place(22), place(23),
-                                               place(24), place(25), place(26), place(27), place(28), place(29), place(30), place(31)};
+    alignas(64) static constexpr uint16_t alternate[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
     return (vu)_mm512_permutexvar_epi16(load_bits<__m512i>(alternate), halves);
 #else
