@@ -28,7 +28,7 @@ def emulated(tmp_path_factory):
     options = [*FLAGS, *includes, "-isystem", pybind11.get_include()]
     objects = build_shim.compile_all(sorted((build_shim.ROOT / "csrc" / "cpu").glob("*.cpp")), directory, options)
     path = build_shim.link(objects, directory / "_cpu.so", ["-shared"])
-    spec = importlib.util.spec_from_file_location("llmcore._cpu", path)
+    spec = importlib.util.spec_from_file_location("_cpu", path)  # a name that no other module has
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
