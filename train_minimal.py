@@ -32,6 +32,7 @@ from llmcore.train.checkpoint import CheckpointError, load_checkpoint, point, re
 from llmcore.train.config import ConfigError, SampleConfig, TrainConfig, model_config
 from llmcore.train.describe import describe
 from llmcore.train.distributed import World
+from llmcore.train.guard import Guard, Spikes
 from llmcore.train.machine import keep_freed_memory, require_backends, use_bf16
 from llmcore.train.optimizer import build_optimizer
 from llmcore.train.parse import parse
@@ -61,6 +62,7 @@ def train(config: TrainConfig, start: Start, run: Path, corpus: Corpus, world: W
 
     batches = Batches(corpus.train, config.batch_size, config.seq_len, config.seed)
     micro_size, _ = config.micro_batches(world.size)
+    guard, spikes = Guard(world.device), Spikes()
     meter = Meter(config.batch_size * config.seq_len, model.flops_per_token(config.seq_len))
     report.say(f"run     {run}, from {start.checkpoint or 'step 0'}")
     report.log(event="start", step=start.step, processes=world.size, bf16=bf16, config=config.to_dict())
@@ -106,24 +108,27 @@ def train(config: TrainConfig, start: Start, run: Path, corpus: Corpus, world: W
 
         # The loss and its gradients, averaged over the ranks.
         loss = forward_backward(parallel, inputs, targets, micro_size, autocast)
-        if config.optimizer.grad_clip > 0:
-            nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip or math.inf)
 
-        # The step.
+        # The step; not made, on any rank, where the gradient is not finite.
         lr = learning_rate(config.optimizer, step, done)
         optimizer.set_learning_rate(lr)
-        optimizer.step()
+        optimizer.step(skip=guard.check(norm))
         optimizer.zero_grad()
         if average:
             average.update(model, step)
         step += 1
 
-        meter.add(loss)
+        meter.add(loss, norm)
         if step % config.log_interval == 0 or step == max_steps:
             now = meter.read(world)
-            report.log(step=step, seconds=elapsed(), lr=lr, **asdict(now))
+            skipped, in_a_row = guard.read()
+            report.log(step=step, seconds=elapsed(), lr=lr, skipped=skipped, **asdict(now))
             report.show(f"step {step}  loss {now.loss:.4f}  lr {lr:.2e}  {now}", done)
-            require_finite("the loss", now.loss, step)
+            if in_a_row >= config.max_skipped:
+                raise TrainingError(f"the gradient was not finite in {in_a_row} steps in a row, up to step {step}")
+            if (usual := spikes.find(now.loss)) is not None:
+                report.say(f"step {step}  the loss jumped from about {usual:.4f} to {now.loss:.4f}")
         if config.eval_interval and step % config.eval_interval == 0:
             best.update(validate(config.eval_tokens), step)
         if best.step == step or (config.checkpoint_interval and step % config.checkpoint_interval == 0):

@@ -102,6 +102,8 @@ class TrainConfig:
     """Held-out tokens in the last validation."""
     patience: int | None = None
     """Stop when this many validations in a row are no better than the best before them; null never does."""
+    max_skipped: int = 10
+    """Stop after this many steps in a row whose gradient is not finite; such steps are not made, and counted."""
     checkpoint_interval: int = 500
     """Steps between two checkpoints; 0 saves at the end, and after a validation that is the best so far, only."""
     keep_checkpoints: int | None = 3
@@ -139,6 +141,7 @@ class TrainConfig:
             ("eval_tokens", self.eval_tokens, 1, None),
             ("final_eval_tokens", self.final_eval_tokens, 1, None),
             ("patience", self.patience, 1, None),
+            ("max_skipped", self.max_skipped, 1, None),
             ("checkpoint_interval", self.checkpoint_interval, 0, None),
             ("keep_checkpoints", self.keep_checkpoints, 1, None),
             ("ema_decay", self.ema_decay, 0, 0.999999),

@@ -44,9 +44,16 @@ class Optimizers:
         for group in self.param_groups:
             group["lr"] = lr
 
-    def step(self) -> None:
+    def step(self, skip: Tensor | None = None) -> None:
+        """Make a step, unless `skip` is 1.0: Adam then leaves weights and moments alone without asking a GPU; for Muon
+        the value is fetched."""
         for optimizer in self.optimizers:
-            optimizer.step()
+            if isinstance(optimizer, torch.optim.Muon):
+                if skip is None or not skip.item():
+                    optimizer.step()
+            else:
+                optimizer.found_inf = skip  # type: ignore[attr-defined]  # as torch.amp.GradScaler does
+                optimizer.step()
 
     def zero_grad(self) -> None:
         for optimizer in self.optimizers:
