@@ -126,7 +126,9 @@ def train(config: TrainConfig, start: Start, run: Path, corpus: Corpus, world: W
             report.log(step=step, seconds=elapsed(), lr=lr, skipped=skipped, **asdict(now))
             report.show(f"step {step}  loss {now.loss:.4f}  lr {lr:.2e}  {now}", done)
             if in_a_row >= config.max_skipped:
-                raise TrainingError(f"the gradient was not finite in {in_a_row} steps in a row, up to step {step}")
+                raise TrainingError(
+                    f"the gradient was not finite in {in_a_row} steps in a row, up to step {step}; lower optimizer.lr"
+                )
             if (usual := spikes.find(now.loss)) is not None:
                 report.say(f"step {step}  the loss jumped from about {usual:.4f} to {now.loss:.4f}")
         if config.eval_interval and step % config.eval_interval == 0:

@@ -214,6 +214,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(small: list[str], tmp_path: Pat
         "0",
         "--optimizer.warmup_steps",
         "0",
+        "--max_skipped",
+        "2",
     ]
     assert train_minimal.main(argv) == 1
     assert "lower optimizer.lr" in capsys.readouterr().err
