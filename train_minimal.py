@@ -9,7 +9,8 @@
 
 A run has a directory runs/NAME with its configuration, log.jsonl and checkpoints, which llmcore.models.load reads.
 
-Exit codes: 0 all is well, 1 the training failed, 2 the input is wrong, 130 interrupted.
+Ctrl-C and SIGTERM let the step finish and save it. Exit codes: 0 all is well, 1 the training failed, 2 the input is
+wrong, 130 interrupted (143 by SIGTERM).
 """
 
 import contextlib
@@ -39,14 +40,15 @@ from llmcore.train.parse import parse
 from llmcore.train.progress import Meter, Report
 from llmcore.train.run import Start, find_start, how_to_go_on, open_run
 from llmcore.train.schedule import learning_rate, progress
+from llmcore.train.stop import Stop, Stopped
 
 
 class TrainingError(RuntimeError):
     """The training cannot go on; the message says why and what to do."""
 
 
-def train(config: TrainConfig, start: Start, run: Path, corpus: Corpus, world: World) -> None:
-    """One run, from `start` to the sample. All ranks call it; only the first writes and prints."""
+def train(config: TrainConfig, start: Start, run: Path, corpus: Corpus, world: World, stop: Stop) -> None:
+    """One run, from `start` to the sample, or to a signal. All ranks call it; only the first writes and prints."""
     report = Report(run, world.rank == 0)
 
     # The model, with the same weights on all ranks.
@@ -136,6 +138,11 @@ def train(config: TrainConfig, start: Start, run: Path, corpus: Corpus, world: W
         if best.step == step or (config.checkpoint_interval and step % config.checkpoint_interval == 0):
             save()
             saved = step
+        if number := world.most(stop.number):
+            report.close()
+            if step != saved:
+                save()
+            raise Stopped(number)
         if best.is_lost(config.patience):
             report.say(f"step {step}  no better validation since step {best.step}: the run stops here")
             break
@@ -230,14 +237,16 @@ def main(argv: list[str] | None = None) -> int:
         if config.dry_run:
             return 0
         keep_freed_memory()
-        with distributed.join(device) as world:
+        with distributed.join(device) as world, Stop(alone=world.size == 1) as stop:
             run = world.on_first(lambda: open_run(config, start))
-            train(config, start, run, corpus, world)
+            train(config, start, run, corpus, world, stop)
         return 0
     except (ConfigError, CheckpointError, DataError) as error:
         return fail(error, 2)
     except TrainingError as error:
         return fail(f"{error}; {how_to_go_on(run)}.", 1)
+    except Stopped as stopped:
+        return fail(f"interrupted by {stopped}; {how_to_go_on(run)}.", 128 + stopped.number)
     except KeyboardInterrupt:
         return fail(f"interrupted; {how_to_go_on(run)}.", 130)
 

@@ -37,6 +37,14 @@ class World:
             dist.all_reduce(value)
         return value
 
+    def most(self, value: int) -> int:
+        """The largest of all ranks' values, on all ranks; each of them must call it. No GPU takes part."""
+        if self.size == 1:
+            return value
+        box = torch.tensor(value)
+        dist.all_reduce(box, dist.ReduceOp.MAX)
+        return int(box)
+
     def from_first(self, value: Any) -> Any:
         """Rank 0's value, on all ranks; each of them must call it."""
         if self.size == 1:
@@ -106,7 +114,6 @@ def join(device: torch.device) -> Iterator[World]:
     if not launched():
         yield World(0, 1, device)
         return
-    signal.signal(signal.SIGINT, _interrupt_once)
     if device.type == "cpu":
         torch.set_num_threads(threads_per_process(int(os.environ["LOCAL_WORLD_SIZE"])))
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -114,12 +121,6 @@ def join(device: torch.device) -> Iterator[World]:
         yield World(dist.get_rank(), dist.get_world_size(), device)
     finally:
         dist.destroy_process_group()
-
-
-def _interrupt_once(*_: object) -> None:
-    """Ctrl-C reaches a process from the terminal and again from the launcher: the second must not cut off the first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise KeyboardInterrupt
 
 
 def threads_per_process(local_size: int) -> int:

@@ -14,6 +14,7 @@ import torch
 import train_minimal
 from llmcore import models
 from llmcore.train import distributed
+from llmcore.train.checkpoint import newest_checkpoint
 from llmcore.train.config import ConfigError
 from llmcore.train.run import read_log
 
@@ -87,8 +88,10 @@ def test_folder_that_only_the_first_finds_unusable(small: list[str], tmp_path: P
     assert "Traceback" not in result.stderr and result.stderr.count("cannot be made") == 1
 
 
-def test_ctrl_c_is_one_sentence(small: list[str], tmp_path: Path):
-    argv = [*small, "--num_gpus", "2", "--max_steps", "1000000", "--name", "a"]
+@pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_step_and_is_one_sentence(small: list[str], tmp_path: Path, processes: str, number: int):
+    argv = [*small, "--num_gpus", processes, "--max_steps", "1000000", "--eval_interval", "0", "--name", "a"]
     command = [sys.executable, str(ROOT / "train_minimal.py"), *argv]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -98,11 +101,19 @@ def test_ctrl_c_is_one_sentence(small: list[str], tmp_path: Path):
     while not (tmp_path / "runs" / "a" / "log.jsonl").is_file() and time.monotonic() < deadline:
         time.sleep(0.1)
     time.sleep(1)
-    os.killpg(process.pid, signal.SIGINT)  # what the terminal does
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # what the terminal does
+    else:
+        process.send_signal(number)  # what a cluster does
     error = process.communicate(timeout=60)[1]
-    assert process.returncode == 130, error
+    assert process.returncode == 128 + number, error
     lines = [line for line in error.splitlines() if line.strip()]
-    assert len(lines) == 1 and "train_minimal.py: interrupted; " in lines[0]
+    name = signal.Signals(number).name
+    assert len(lines) == 1 and f"train_minimal.py: interrupted by {name}; --resume " in lines[0]
+    last = read_log(tmp_path / "runs" / "a")[-1]["step"]
+    newest = newest_checkpoint(tmp_path / "runs" / "a")
+    assert newest is not None and newest.name == f"step_{last}", "the step that was being made is saved"
+    assert train_minimal.main(["--resume", str(tmp_path / "runs" / "a"), "--max_steps", str(last + 3)]) == 0
 
 
 def test_one_variable_makes_no_launcher(monkeypatch: pytest.MonkeyPatch):
