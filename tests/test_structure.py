@@ -1,6 +1,7 @@
 """The shape of the house: arrows go down, imports are harmless, every op has its rooms."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,13 @@ def test_every_op_has_its_rooms():
         for backend, room in (("triton", f"kernels/{name}.py"), ("cuda", f"csrc/cuda/{name}.cu")):
             assert (backend in op.kernels) == (ROOT / room).exists(), f"{name}: {backend} and {room} disagree"
         assert ("cpu" in op.kernels) == bool(list((ROOT / "csrc/cpu").glob(f"{name}*.cpp")))
+
+
+def test_inline_assembly_stands_in_one_file():
+    """Elsewhere the host shim could not run it."""
+    sources = [path for floor in ("common", "cuda") for path in (ROOT / "csrc" / floor).iterdir()]
+    holders = {path.name for path in sources if re.search(r"\b(asm|__asm|__asm__)\b", path.read_text())}
+    assert holders == {"ptx.cuh"}
 
 
 def test_import_is_harmless():

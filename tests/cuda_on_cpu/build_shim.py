@@ -1,5 +1,7 @@
-"""Compiles csrc/cuda for the CPU, against the stand-in for cuda_runtime.h in shim/, and runs tests on the result."""
+"""Compiles csrc/cuda for the CPU, against the stand-ins for CUDA's headers in shim/, and runs tests on the result."""
 
+import ctypes
+import functools
 import importlib.util
 import os
 import shlex
@@ -7,8 +9,11 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).parents[2]
 SHIM = Path(__file__).with_name("shim")
@@ -46,8 +51,8 @@ def run(command: list[str], **options) -> subprocess.CompletedProcess[str]:
 
 def compile_(source: Path, output: Path, options: list[str]) -> Path:
     """An object file."""
-    includes = ["-I", str(SHIM), "-I", str(ROOT / "csrc"), *options]
-    done = run([*compiler(), *FLAGS, *includes, "-x", "c++", "-c", str(source), "-o", str(output)])
+    includes = [f"-I{path}" for path in (SHIM, SHIM.parent, ROOT / "csrc")]
+    done = run([*compiler(), *FLAGS, *includes, *options, "-x", "c++", "-c", str(source), "-o", str(output)])
     assert done.returncode == 0, done.stderr
     return output
 
@@ -57,10 +62,42 @@ def compile_all(sources: list[Path], directory: Path, options: list[str]) -> lis
         return list(pool.map(lambda s: compile_(s, directory / f"{s.name}.o", options), sources))
 
 
+@functools.cache
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="llmcore_shim_")
+
+
+@functools.cache
+def stand_in(*options: str) -> list[Path]:
+    """The objects behind the headers in shim/."""
+    directory = Path(tempfile.mkdtemp(dir=_temporary().name))
+    return compile_all(sorted(SHIM.glob("*.cpp")), directory, list(options))
+
+
 def link(objects: list[Path], output: Path, options: list[str]) -> Path:
     done = run([*compiler(), *map(str, objects), *options, "-o", str(output)])
     assert done.returncode == 0, done.stderr
     return output
+
+
+def library(source: Path, directory: Path) -> ctypes.CDLL:
+    """A .cu file of this folder, or such a file with a mistake in it, whose functions `call` calls."""
+    compiled = compile_(source, directory / f"{source.stem}.o", [])
+    return ctypes.CDLL(str(link([compiled, *stand_in()], directory / f"{source.stem}.so", ["-shared"])))
+
+
+def call(library: ctypes.CDLL, name: str, *arguments) -> str | None:
+    """None, or what the runtime or the stand-in reported."""
+    function = getattr(library, name)
+    function.restype = ctypes.c_char_p
+    addresses = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
+    text = function(*addresses)
+    return None if text is None else text.decode()
+
+
+def valgrind(program: Path) -> subprocess.CompletedProcess[str]:
+    """Its return code is 9 where it finds something."""
+    return run(["valgrind", "--quiet", "--error-exitcode=9", "--max-threads=4096", str(program)])
 
 
 class Builder:
@@ -71,9 +108,10 @@ class Builder:
 
         self.directory, self.options = directory, options
         includes = ["-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
-        common = [SHIM / "shim.cpp", ROOT / "csrc" / "cuda" / "bindings.cpp"]
-        objects = compile_all([*common, *KERNELS], directory, [*options, *includes])
-        self.common, self.kernels = objects[:2], dict(zip(KERNELS, objects[2:], strict=True))
+        bindings = ROOT / "csrc" / "cuda" / "bindings.cpp"
+        objects = compile_all([bindings, *KERNELS], directory, [*options, *includes])
+        self.common = [objects[0], *stand_in(*options)]
+        self.kernels = dict(zip(KERNELS, objects[1:], strict=True))
         self.module = self._link(directory / "whole", {})
 
     def _link(self, directory: Path, instead: dict[Path, Path]) -> Path:

@@ -1,8 +1,6 @@
 // Small kernels that try the stand-in for CUDA out: what it must compute, and the mistakes it must find.
-#include <stdexcept>
-#include <string>
-
 #include "cuda/launch.cuh"
+#include "reported.h"
 
 namespace {
 
@@ -70,18 +68,10 @@ __global__ void reads_shared_memory_too_early(float* out) {
     out[threadIdx.x] = value[0];
 }
 
-std::string message;
-
-template <class F>
-const char* reported(const F& f) {
-    try {
-        f();
-        const cudaError_t error = cudaGetLastError();
-        return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-    } catch (const std::runtime_error& error) {
-        message = error.what();
-        return message.c_str();
-    }
+// how far the block's array is from a multiple of 64 bytes
+__global__ void measure_alignment(int* distances) {
+    LLMCORE_SHARED(float4, array, [1]);
+    if (threadIdx.x == 0) distances[blockIdx.x] = int(reinterpret_cast<std::uintptr_t>(array) % 64);
 }
 
 }  // namespace
@@ -110,5 +100,8 @@ const char* run_outside_its_mask() {
 }
 const char* run_reads_shared_memory_too_early(float* out) {
     return reported([&] { LLMCORE_LAUNCH(reads_shared_memory_too_early, 1, 32, 0, nullptr, out); });
+}
+const char* run_measure_alignment(int* distances, int blocks) {
+    return reported([&] { LLMCORE_LAUNCH(measure_alignment, blocks, 32, 0, nullptr, distances); });
 }
 }

@@ -44,17 +44,16 @@ def test_stays_inside_its_memory_and_alignment(sanitized, op):
 
 @pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind is not installed")
 @pytest.mark.parametrize("op", KERNELS)
-def test_depends_on_nothing_uninitialised(builder, tmp_path, op):
-    assert valgrind(builder, tmp_path, op, KERNELS[op].read_text()).returncode == 0
+def test_depends_on_nothing_uninitialised(tmp_path, op):
+    assert valgrind(tmp_path, op, KERNELS[op].read_text()).returncode == 0
 
 
-def valgrind(builder, directory, op, text):
+def valgrind(directory, op, text):
     source = directory / f"{op}.cu"
     source.write_text(text)
     main = build_shim.SHIM.parent / f"{op}_main.cpp"
-    objects = [builder.common[0], *build_shim.compile_all([source, main], directory, ["-fno-sanitize=all"])]
-    program = build_shim.link(objects, directory / "main", [])
-    return build_shim.run(["valgrind", "--quiet", "--error-exitcode=9", "--max-threads=4096", str(program)])
+    objects = [*build_shim.stand_in(), *build_shim.compile_all([source, main], directory, [])]
+    return build_shim.valgrind(build_shim.link(objects, directory / "main", []))
 
 
 def planted(old: str, new: str, occurrence: int = 0) -> str:
@@ -92,6 +91,6 @@ def test_a_planted_access_out_of_bounds_is_found(sanitized, name, old, new):
 
 
 @pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind is not installed")
-def test_a_planted_uninitialised_read_is_found(builder, tmp_path):
-    done = valgrind(builder, tmp_path, "rms_norm", planted("float sum = 0.0f, a[V], b[V];", "float sum, a[V], b[V];"))
+def test_a_planted_uninitialised_read_is_found(tmp_path):
+    done = valgrind(tmp_path, "rms_norm", planted("float sum = 0.0f, a[V], b[V];", "float sum, a[V], b[V];"))
     assert done.returncode == 9 and "uninitialised" in done.stderr, done.stderr[-2000:]

@@ -1,11 +1,11 @@
 """The stand-in for CUDA computes what a card computes, and finds the mistakes it is there to find."""
 
-import ctypes
 import subprocess
 
 import pytest
 import torch
 from cuda_on_cpu import build_shim
+from cuda_on_cpu.build_shim import call
 
 pytestmark = pytest.mark.skipif(build_shim.missing() is not None, reason=str(build_shim.missing()))
 EXAMPLES = build_shim.SHIM.parent / "examples.cu"
@@ -13,22 +13,7 @@ EXAMPLES = build_shim.SHIM.parent / "examples.cu"
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("examples"), [])
-
-
-def build(directory, options):
-    objects = build_shim.compile_all([EXAMPLES, build_shim.SHIM / "shim.cpp"], directory, options)
-    library = ctypes.CDLL(str(build_shim.link(objects, directory / "examples.so", ["-shared", *options])))
-    return library
-
-
-def call(library, name, *arguments):
-    """None, or what the runtime or the stand-in reported."""
-    function = getattr(library, name)
-    function.restype = ctypes.c_char_p
-    addresses = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
-    text = function(*addresses)
-    return None if text is None else text.decode()
+    return build_shim.library(EXAMPLES, tmp_path_factory.mktemp("examples"))
 
 
 def test_blocks_barriers_and_shared_memory(library):
@@ -90,16 +75,22 @@ def test_shared_memory_is_never_zero_by_chance(library):
     assert out.isnan().all()
 
 
+def test_shared_arrays_are_no_better_aligned_than_their_type(library):
+    distances = torch.full((50,), -1, dtype=torch.int32)
+    assert call(library, "run_measure_alignment", distances, 50) is None
+    assert (distances % 16 == 0).all() and (distances % 32 == 16).any()
+
+
 @pytest.mark.skipif(build_shim.missing_sanitizer() is not None, reason=str(build_shim.missing_sanitizer()))
 @pytest.mark.parametrize(("by", "found"), [(0, False), (1, True)])
 def test_reading_past_shared_memory_is_found(tmp_path, by, found):
-    objects = build_shim.compile_all([EXAMPLES, build_shim.SHIM / "shim.cpp"], tmp_path, build_shim.SANITIZED)
     main = tmp_path / "main.cpp"
     main.write_text(
         'extern "C" const char* run_reverse(const float*, float*, int, int, int);\n'
         f"int main() {{ float x[64] = {{}}, y[64]; return run_reverse(x, y, 64, {by}, 256) != nullptr; }}\n"
     )
-    objects.append(build_shim.compile_(main, tmp_path / "main.o", build_shim.SANITIZED))
+    objects = build_shim.compile_all([EXAMPLES, main], tmp_path, build_shim.SANITIZED)
+    objects += build_shim.stand_in(*build_shim.SANITIZED)
     program = build_shim.link(objects, tmp_path / "main", build_shim.SANITIZED)
     done = subprocess.run([program], capture_output=True, text=True)
     assert ("heap-buffer-overflow" in done.stderr) == found, done.stderr

@@ -1,6 +1,7 @@
 // A stand-in for CUDA's header: with it a .cu file is an ordinary C++ file whose kernels run on the CPU, one fiber a
 // thread. Test-only. It is stricter than a card where that finds mistakes: fibers run in a random order and change only
-// where CUDA lets threads wait, all memory that a kernel gets holds NaN, each shared array is an allocation of its own.
+// where CUDA lets threads wait, all memory that a kernel gets holds NaN, each shared array is an allocation of its own and
+// often no better aligned than its type asks for.
 //
 // Blocks run one after the other, in a random order. LLMCORE_SHIM_SEED is the order's seed.
 #pragma once
@@ -12,6 +13,8 @@
 #include <functional>
 #include <tuple>
 #include <type_traits>
+
+#include "threads.h"
 
 using std::memcpy;  // as in device code
 using std::sqrt;
@@ -63,17 +66,9 @@ namespace shim {
 // Runs body on every thread of every block. Throws std::runtime_error where the threads wait for each other for ever.
 void launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& body);
 // The running block's array that `tag` names.
-void* shared_array(const void* tag, std::size_t bytes);
-void* dynamic_shared();
+void* shared_array(const void* tag, std::size_t bytes, std::size_t alignment);
+void* dynamic_shared(std::size_t alignment);
 void syncthreads();
-
-// Waits until the lanes of `mask` that are alive have come here with their values.
-struct Met {
-    const std::uint64_t* values;  // by lane
-    unsigned lanes;               // that came
-};
-Met meet(const char* instruction, unsigned mask, std::uint64_t value);
-unsigned lane();
 
 template <class... Parameters, class... Arguments>
 void launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes, void*,
@@ -106,8 +101,9 @@ T value_of(const Met& met, unsigned source) {
 #define LLMCORE_SHARED(type, name, extent) \
     typedef type name##_array extent;      \
     static char name##_tag;                \
-    name##_array& name = *static_cast<name##_array*>(shim::shared_array(&name##_tag, sizeof(name##_array)))
-#define LLMCORE_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(shim::dynamic_shared())
+    name##_array& name =                   \
+        *static_cast<name##_array*>(shim::shared_array(&name##_tag, sizeof(name##_array), alignof(name##_array)))
+#define LLMCORE_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(shim::dynamic_shared(alignof(type)))
 
 // ---- what threads do together -----------------------------------------------------------------------------------------------
 

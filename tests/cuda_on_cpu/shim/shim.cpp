@@ -1,7 +1,8 @@
-// The fibers behind cuda_runtime.h: a scheduler that runs the threads of a block in a random order.
+// The fibers behind cuda_runtime.h and threads.h: a scheduler that runs the threads of a block in a random order.
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <map>
 #include <memory>
@@ -14,13 +15,17 @@
 #include "cuda_runtime.h"
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(p, bytes) 0
 #endif
 #if __has_include(<valgrind/memcheck.h>)
 #include <valgrind/memcheck.h>
 #else
 #define VALGRIND_STACK_REGISTER(begin, end) 0
 #define VALGRIND_MAKE_MEM_UNDEFINED(p, bytes) 0
+#define VALGRIND_MAKE_MEM_NOACCESS(p, bytes) 0
 #endif
 
 uint3 threadIdx, blockIdx;
@@ -34,27 +39,46 @@ constexpr unsigned max_threads = 1024;
 constexpr int shared_limit = 48 * 1024, shared_limit_opt_in = 227 * 1024;
 constexpr int multiprocessors = 1;  // so that few rows already make a program stride
 
-// Memory of exactly this size, so that AddressSanitizer sees who reads past it; it holds NaN, and nothing for valgrind.
-void* poisoned(std::size_t bytes) {
-    void* const data = std::malloc(bytes);
-    if (data == nullptr) throw std::bad_alloc();
-    std::memset(data, 0xff, bytes);
-    (void)VALGRIND_MAKE_MEM_UNDEFINED(data, bytes);
-    return data;
+constexpr std::size_t global_alignment = 256;
+
+unsigned seed() {
+    const char* const text = std::getenv("LLMCORE_SHIM_SEED");
+    return text == nullptr ? 1u : unsigned(std::atoi(text));
 }
 
-struct Poisoned {
-    void* data;
-    explicit Poisoned(std::size_t bytes) : data(poisoned(bytes)) {}
-    ~Poisoned() { std::free(data); }
-    Poisoned(const Poisoned&) = delete;
-    Poisoned& operator=(const Poisoned&) = delete;
+// Memory of exactly this size, so that AddressSanitizer sees who reads past it.
+char* poisoned(std::size_t bytes, std::size_t alignment) {
+    void* data = nullptr;
+    if (posix_memalign(&data, std::max(alignment, sizeof(void*)), bytes) != 0) throw std::bad_alloc();
+    poison(data, bytes);
+    return static_cast<char*>(data);
+}
+
+// A shared array. Half the time its address is a multiple of its alignment and of no more, as it may be on a card.
+struct SharedArray {
+    std::size_t bytes, alignment, gap;
+    char *const start, *const data;
+
+    SharedArray(std::size_t bytes, std::size_t alignment)
+        : bytes(bytes), alignment(alignment), gap(random_number() % 2 == 0 ? alignment : 0),
+          start(poisoned(gap + bytes, 2 * alignment)), data(start + gap) {
+        (void)ASAN_POISON_MEMORY_REGION(start, gap);
+        (void)VALGRIND_MAKE_MEM_NOACCESS(start, gap);
+    }
+    ~SharedArray() { std::free(start); }
+    SharedArray(const SharedArray&) = delete;
+    SharedArray& operator=(const SharedArray&) = delete;
+
+    bool holds(const void* p, std::size_t count) const {
+        return p >= data && static_cast<const char*>(p) + count <= data + bytes;
+    }
 };
 
 // The lanes of a mask on their way to one instruction. Values of two meetings are kept: a lane that is quick to come to
 // the next one must not overwrite what a slow lane has yet to read.
 struct Meeting {
     const char* instruction = nullptr;
+    Act act = nullptr;  // for an instruction that a warp executes as one
     unsigned mask = 0, arrived = 0, generation = 0, lanes[2] = {};
     std::uint64_t values[2][32] = {};
 };
@@ -66,6 +90,7 @@ struct Fiber {
     uint3 index{};
     unsigned number = 0;
     const char* waits_for = nullptr;
+    std::shared_ptr<void> kept;  // of_this_thread()
     bool done = false;
 
     Fiber() { (void)VALGRIND_STACK_REGISTER(stack.get(), stack.get() + stack_bytes); }
@@ -75,14 +100,14 @@ struct Block {
     std::vector<Fiber*> fibers, ready;
     std::map<unsigned, std::map<unsigned, Meeting>> warps;  // by warp, then by mask
     std::vector<unsigned> priorities;                           // by warp; of equals all fibers are alike
-    std::map<const void*, std::unique_ptr<Poisoned>> arrays;
-    std::unique_ptr<Poisoned> dynamic;
+    std::map<const void*, std::unique_ptr<SharedArray>> arrays;
+    std::size_t dynamic_bytes = 0;
     unsigned alive = 0, at_barrier = 0;
     std::string mistake;
 };
 
 std::mutex one_launch;
-std::mt19937 random_order(std::getenv("LLMCORE_SHIM_SEED") ? unsigned(std::atoi(std::getenv("LLMCORE_SHIM_SEED"))) : 1u);
+std::mt19937 random_order(seed());
 std::vector<std::unique_ptr<Fiber>> pool;
 std::map<const void*, int> limits;
 cudaError_t last_error = cudaSuccess;
@@ -127,6 +152,7 @@ void make_ready(Fiber* fiber) {
 }
 
 const char at_syncthreads[] = "__syncthreads";
+const char at_dynamic = 0;  // tags dynamic shared memory
 
 void open_barrier_if_complete() {
     if (block->at_barrier == 0 || block->at_barrier < block->alive) return;
@@ -134,6 +160,14 @@ void open_barrier_if_complete() {
     for (Fiber* fiber : block->fibers) {
         if (!fiber->done && fiber->waits_for == at_syncthreads) make_ready(fiber);
     }
+}
+
+constexpr unsigned whole_warp = 0xffffffffu;
+
+std::string hexadecimal(unsigned bits) {
+    char text[16];
+    std::snprintf(text, sizeof text, "0x%08x", bits);
+    return text;
 }
 
 unsigned alive_lanes(unsigned warp) {
@@ -146,13 +180,50 @@ unsigned alive_lanes(unsigned warp) {
 
 void close_if_complete(unsigned warp, Meeting& meeting) {
     if (meeting.arrived == 0 || (meeting.mask & alive_lanes(warp) & ~meeting.arrived) != 0) return;
-    meeting.lanes[meeting.generation % 2] = meeting.arrived;
+    const unsigned slot = meeting.generation % 2;
+    meeting.lanes[slot] = meeting.arrived;
+    if (meeting.act != nullptr) {
+        if (meeting.arrived != whole_warp) {
+            block->mistake = std::string(meeting.instruction) + " by the lanes " + hexadecimal(meeting.arrived) +
+                             " alone; a warp executes it as one";
+        } else {
+            void* operands[32];
+            for (unsigned lane = 0; lane < 32; ++lane) {
+                operands[lane] = reinterpret_cast<void*>(std::uintptr_t(meeting.values[slot][lane]));
+            }
+            meeting.act(operands);
+        }
+    }
     for (unsigned lane = 0; lane < 32; ++lane) {
         Fiber* const fiber = meeting.arrived >> lane & 1 ? block->fibers[warp * 32 + lane] : nullptr;
         if (fiber != nullptr && fiber->waits_for != nullptr) make_ready(fiber);
     }
     meeting.arrived = 0;
     ++meeting.generation;
+}
+
+Met meet(const char* instruction, unsigned mask, std::uint64_t value, Act act) {
+    const unsigned warp = running->number / 32;
+    Meeting& meeting = block->warps[warp][mask];
+    if ((mask >> lane() & 1) == 0) {
+        mistake(std::string(instruction) + " by lane " + std::to_string(lane()) + ", which its mask leaves out");
+    }
+    if (meeting.arrived != 0 && std::strcmp(meeting.instruction, instruction) != 0) {
+        mistake(std::string("lanes of one mask meet at ") + meeting.instruction + " and " + instruction);
+    }
+    if (meeting.arrived != 0 && meeting.act != act) {
+        mistake(std::string("lanes of one warp meet at two kinds of ") + instruction);
+    }
+    meeting.instruction = instruction;
+    meeting.act = act;
+    meeting.mask = mask;
+    const unsigned slot = meeting.generation % 2;
+    meeting.values[slot][lane()] = value;
+    meeting.arrived |= 1u << lane();
+    running->waits_for = instruction;
+    close_if_complete(warp, meeting);
+    to_scheduler();
+    return {meeting.values[slot], meeting.lanes[slot]};
 }
 
 void run_fiber() {
@@ -206,7 +277,7 @@ Fiber* choose() {
 void run_block(unsigned threads, std::size_t shared_bytes) {
     Block here;
     block = &here;
-    here.dynamic = std::make_unique<Poisoned>(shared_bytes);
+    here.dynamic_bytes = shared_bytes;
     here.alive = threads;
     if (random_order() % 2 == 0) {
         for (unsigned warp = 0; warp * 32 < threads; ++warp) here.priorities.push_back(random_order());
@@ -217,6 +288,7 @@ void run_block(unsigned threads, std::size_t shared_bytes) {
         fiber->index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
         fiber->number = i;
         fiber->waits_for = nullptr;
+        fiber->kept = nullptr;
         fiber->done = false;
         fiber->fake_stack = nullptr;
         getcontext(&fiber->context);
@@ -262,13 +334,14 @@ void launch(const void* kernel, dim3 grid, dim3 block_, std::size_t shared_bytes
     }
 }
 
-void* shared_array(const void* tag, std::size_t bytes) {
-    std::unique_ptr<Poisoned>& array = block->arrays[tag];
-    if (array == nullptr) array = std::make_unique<Poisoned>(bytes);
+void* shared_array(const void* tag, std::size_t bytes, std::size_t alignment) {
+    std::unique_ptr<SharedArray>& array = block->arrays[tag];
+    if (array == nullptr) array = std::make_unique<SharedArray>(bytes, alignment);
+    if (array->alignment < alignment) mistake("dynamic shared memory is used first as a type of lesser alignment");
     return array->data;
 }
 
-void* dynamic_shared() { return block->dynamic->data; }
+void* dynamic_shared(std::size_t alignment) { return shared_array(&at_dynamic, block->dynamic_bytes, alignment); }
 
 void syncthreads() {
     ++block->at_barrier;
@@ -279,23 +352,39 @@ void syncthreads() {
 
 unsigned lane() { return running->number % 32; }
 
-Met meet(const char* instruction, unsigned mask, std::uint64_t value) {
-    const unsigned warp = running->number / 32;
-    Meeting& meeting = block->warps[warp][mask];
-    if ((mask >> lane() & 1) == 0) {
-        block->mistake = std::string(instruction) + " by lane " + std::to_string(lane()) + ", which its mask leaves out";
-    } else if (meeting.arrived != 0 && std::strcmp(meeting.instruction, instruction) != 0) {
-        block->mistake = std::string("lanes of one mask meet at ") + meeting.instruction + " and " + instruction;
-    }
-    meeting.instruction = instruction;
-    meeting.mask = mask;
-    const unsigned slot = meeting.generation % 2;
-    meeting.values[slot][lane()] = value;
-    meeting.arrived |= 1u << lane();
-    running->waits_for = instruction;
-    close_if_complete(warp, meeting);
-    to_scheduler();
-    return {meeting.values[slot], meeting.lanes[slot]};
+Met meet(const char* instruction, unsigned mask, std::uint64_t value) { return meet(instruction, mask, value, nullptr); }
+
+void together(const char* instruction, void* operands, Act act) {
+    meet(instruction, whole_warp, std::uint64_t(reinterpret_cast<std::uintptr_t>(operands)), act);
+}
+
+void mistake(const std::string& text) {
+    block->mistake = text;
+    for (;;) to_scheduler();
+}
+
+void poison(void* p, std::size_t bytes) {
+    std::memset(p, 0xff, bytes);
+    (void)VALGRIND_MAKE_MEM_UNDEFINED(p, bytes);
+}
+
+bool in_shared_memory(const void* p, std::size_t bytes) {
+    return std::any_of(block->arrays.begin(), block->arrays.end(),
+                       [&](const auto& array) { return array.second->holds(p, bytes); });
+}
+
+unsigned random_number() { return unsigned(random_order()); }
+
+std::shared_ptr<void>& of_this_thread() { return running->kept; }
+
+std::vector<unsigned> scrambled(std::vector<unsigned> key, unsigned slots, unsigned elements) {
+    key.push_back(seed());
+    std::seed_seq sequence(key.begin(), key.end());
+    std::mt19937 order(sequence);
+    std::vector<unsigned> result(slots);
+    for (unsigned i = 0; i < slots; ++i) result[i] = i % elements;
+    std::shuffle(result.begin(), result.end(), order);
+    return result;
 }
 
 cudaError_t set_shared_limit(const void* kernel, int bytes) {
@@ -337,7 +426,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 }
 
 cudaError_t cudaMallocAsync(void** p, std::size_t bytes, cudaStream_t) {
-    *p = shim::poisoned(bytes);
+    *p = shim::poisoned(bytes, shim::global_alignment);
     return cudaSuccess;
 }
 
