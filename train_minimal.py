@@ -40,6 +40,7 @@ from llmcore.train.parse import parse
 from llmcore.train.progress import Meter, Report
 from llmcore.train.run import Start, find_start, how_to_go_on, open_run
 from llmcore.train.schedule import learning_rate, progress
+from llmcore.train.sinks import open_sinks, require_sinks
 from llmcore.train.stop import Stop, Stopped
 
 
@@ -47,10 +48,10 @@ class TrainingError(RuntimeError):
     """The training cannot go on; the message says why and what to do."""
 
 
-def train(config: TrainConfig, start: Start, run: Path, corpus: Corpus, world: World, stop: Stop) -> None:
+def train(
+    config: TrainConfig, start: Start, run: Path, corpus: Corpus, world: World, stop: Stop, report: Report
+) -> None:
     """One run, from `start` to the sample, or to a signal. All ranks call it; only the first writes and prints."""
-    report = Report(run, world.rank == 0)
-
     # The model, with the same weights on all ranks.
     torch.manual_seed(config.seed)
     model = models.build(model_config(config)).to(world.device)
@@ -139,7 +140,6 @@ def train(config: TrainConfig, start: Start, run: Path, corpus: Corpus, world: W
             save()
             saved = step
         if number := world.most(stop.number):
-            report.close()
             if step != saved:
                 save()
             raise Stopped(number)
@@ -228,6 +228,7 @@ def main(argv: list[str] | None = None) -> int:
         world_size = distributed.world_size(config.num_gpus)
         device = distributed.device(world_size)
         require_backends(device)
+        require_sinks(config.log)
         overview = describe(config, corpus, world_size, device, use_bf16(config.precision, device))
 
         if world_size > 1 and not distributed.launched() and not config.dry_run:
@@ -239,7 +240,9 @@ def main(argv: list[str] | None = None) -> int:
         keep_freed_memory()
         with distributed.join(device) as world, Stop(alone=world.size == 1) as stop:
             run = world.on_first(lambda: open_run(config, start))
-            train(config, start, run, corpus, world, stop)
+            sinks = open_sinks(run, start.step, config.log, config.to_dict()) if world.rank == 0 else []
+            with Report(run, world.rank == 0, sinks) as report:
+                train(config, start, run, corpus, world, stop, report)
         return 0
     except (ConfigError, CheckpointError, DataError) as error:
         return fail(error, 2)

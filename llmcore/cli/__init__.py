@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from llmcore.cli import bench, doctor
+from llmcore.cli import bench, doctor, plot
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -12,7 +12,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="llmcore", description="Kernels for language models: look after this installation, measure it."
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in (bench, doctor):
+    for command in (bench, doctor, plot):
         command.add_parser(commands)
     options = parser.parse_args(arguments)
     return options.run(options)

@@ -50,6 +50,20 @@ class OptimizerConfig:
 
 
 @dataclass
+class LogConfig:
+    """Where the figures go besides the run's log.jsonl."""
+
+    tensorboard: bool = False
+    """Event files in the run's folder tensorboard."""
+    wandb: bool = False
+    """Weights & Biases; WANDB_MODE=offline keeps it on this machine."""
+    wandb_project: str = "llmcore"
+    """The project there."""
+    wandb_name: str | None = None
+    """The run's name there; null is the name of its folder."""
+
+
+@dataclass
 class SampleConfig:
     """The text generated at the end."""
 
@@ -120,6 +134,7 @@ class TrainConfig:
     """Check everything, describe the run, train nothing and write nothing."""
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     def to_dict(self) -> dict[str, Any]:

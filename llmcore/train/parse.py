@@ -15,9 +15,9 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
-from llmcore.train.config import ConfigError, DataConfig, OptimizerConfig, SampleConfig, TrainConfig
+from llmcore.train.config import ConfigError, DataConfig, LogConfig, OptimizerConfig, SampleConfig, TrainConfig
 
-GROUPS: dict[str, Any] = {"data": DataConfig, "optimizer": OptimizerConfig, "sample": SampleConfig}
+GROUPS: dict[str, Any] = {"data": DataConfig, "optimizer": OptimizerConfig, "log": LogConfig, "sample": SampleConfig}
 NOT_INHERITED = ("out_dir", "name", "resume", "dry_run")  # by a run that goes on from another
 
 

@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from llmcore.train.distributed import World
 from llmcore.train.run import append_log
+from llmcore.train.sinks import Sink
 
 SECONDS_BETWEEN_LINES = 5  # where each of them stays
 
@@ -75,8 +76,8 @@ class Meter:
 class Report:
     """What the first process tells: on standard output, and in the run's log.jsonl. The other processes are silent."""
 
-    def __init__(self, run: Path, first: bool) -> None:
-        self.run, self.first = run, first
+    def __init__(self, run: Path, first: bool, sinks: Sequence[Sink] = ()) -> None:
+        self.run, self.first, self.sinks = run, first, sinks
         self.last_line = -math.inf
         self.held_back: str | None = None
         self.anchor: tuple[float, float] | None = None  # (time, done) of the first state shown
@@ -87,6 +88,9 @@ class Report:
         """A line of log.jsonl."""
         if self.first:
             append_log(self.run, **values)
+        figures = {name: value for name, value in values.items() if isinstance(value, float) and name != "seconds"}
+        for sink in self.sinks if figures else ():
+            sink.write(values["step"], figures)
 
     def say(self, text: str) -> None:
         """A line that stays."""
@@ -117,6 +121,15 @@ class Report:
             self.bar = None
         elif self.held_back is not None:
             self.say(self.held_back)
+            self.held_back = None
+
+    def __enter__(self) -> "Report":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+        for sink in self.sinks:
+            sink.close()
 
 
 def clock(seconds: float) -> str:
