@@ -1,6 +1,7 @@
 """python -m bench ops [NAME ...] | overhead | step | race | compile: measure, print, and write a record under
 bench/results/. compile needs no GPU: what the compilers make of the GPU kernels. report: tables and plots of the
-records. compare OLD NEW: what has become slower between two records of ops."""
+records. compare OLD NEW: what has become slower between two records of ops. tune OP: choose the configurations of an
+op's kernels (python -m bench tune --help)."""
 
 import argparse
 import importlib
@@ -20,8 +21,12 @@ RESULTS = ROOT / "bench" / "results"
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["tune"]:
+        from bench.tune import cli
+
+        return cli.main(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("what", choices=("ops", "overhead", "step", "race", "compile", "report", "compare"))
+    parser.add_argument("what", choices=("ops", "overhead", "step", "race", "compile", "report", "compare", "tune"))
     parser.add_argument("names", nargs="*", help="ops: only these; compare: two records")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="ops: where to measure")
