@@ -6,7 +6,6 @@ op's kernels (python -m bench tune --help)."""
 import argparse
 import importlib
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 
 from bench import compare, report
 from bench.compile.record import ROOT, write_all
-from bench.timing import keep_freed_memory, machine
+from bench.timing import folder_name, keep_freed_memory, machine
 from llmcore.ops import registry
 
 RESULTS = ROOT / "bench" / "results"
@@ -53,8 +52,7 @@ def main() -> int:
     torch.manual_seed(0)
     run = importlib.import_module(f"bench.run_{options.what}").run
     where = machine(options.device)
-    name = str(where["gpu"]) if "gpu" in where else f"{where['processor']} {options.threads} threads"
-    folder = options.results / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    folder = options.results / folder_name(where)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ("-".join([options.what, *options.names]) + ".json")
     records = json.loads(path.read_text())["records"] if options.resume and path.exists() else []

@@ -1,6 +1,7 @@
 """Timing several candidates in one run, in interleaved rounds: a machine that changes speed changes all of them."""
 
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -95,6 +96,12 @@ def machine(device: str = "cpu") -> dict[str, str | int]:
         "command": "python -m bench " + " ".join(sys.argv[1:]),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def folder_name(where: dict[str, str | int]) -> str:
+    """Of the records of a machine, as machine() describes it."""
+    name = str(where["gpu"]) if "gpu" in where else f"{where['processor']} {where['threads']} threads"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def _gpu() -> dict[str, str | int]:

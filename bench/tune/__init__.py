@@ -1,1 +1,1 @@
-"""Choosing the entries of the kernels' tables of configurations: ranked without a GPU, measured on one, written back."""
+"""Choosing the entries of the kernels' tables: ranked without a GPU, measured on one, written back."""

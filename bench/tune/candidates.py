@@ -1,4 +1,4 @@
-"""What can be tuned: for each op its slots, entries of its tables that are chosen together, and the values to choose from.
+"""What can be tuned: the slots of each op, entries of its tables that are chosen together, and their candidates.
 
 A slot is one entry of one architecture, or the two that decide one kernel between them. The candidates are products of
 block sizes, warps and stages; those whose accumulators alone exceed the registers of their threads, or whose tiles on
@@ -41,7 +41,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class _Attention:
-    """One of attention's tables. Blocks of the loop are `stream` positions long and held ones `held`."""
+    """One of attention's tables: a program holds one block and streams the others past it."""
 
     name: str
     place: tuple[str, str]
@@ -57,8 +57,8 @@ ATTENTION = (
     _Attention("dk/dv", ("attention_bwd", "DKDV_CONFIGS"), "attention_bwd_dkdv_kernel", "backward", False, 2, 1),
     _Attention("dq", ("attention_bwd", "DQ_CONFIGS"), "attention_bwd_dq_kernel", "backward", True, 1, 2),
 )
-# By kind of product: held blocks, streamed blocks, warps, stages. Half precision on the tensor cores wants 64 rows for a
-# group of four warps; exact products live in registers, which is why their tiles are small.
+# By kind of product: held blocks, streamed blocks, warps, stages. Exact products keep their operands in registers:
+# their tiles are small.
 ATTENTION_SPACE = {
     "half": ((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4)),
     "half by pointer": ((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4)),
@@ -97,14 +97,12 @@ def _rms_norm(architecture: str) -> Iterator[Slot]:
         return Place("rms_norm", "TILES", (architecture, index))
 
     elements = (1024, 2048, 4096, 8192, 16384)
-    yield Slot(
-        "rms_norm", "forward", (tile(0),), ("rms_norm_fwd_kernel",), "forward", tuple((e,) for e in elements)
-    )
+    yield Slot("rms_norm", "forward", (tile(0),), ("rms_norm_fwd_kernel",), "forward", tuple((e,) for e in elements))
     shared = PROGRAM_SHARED_MEMORY[architecture] // 1024
     yield Slot(
         "rms_norm", "backward", (tile(1), Place("rms_norm", "PREFETCH_BYTES", (architecture,))),
         ("rms_norm_bwd_kernel", "rms_norm_bwd_weight_kernel"), "backward",
-        tuple(product(elements, (0, *(part * shared // 8 // 8 * 8 * 1024 for part in (2, 4, 6))))),
+        tuple(product(elements, (0, *(part * shared // 8 // 8 * 8 * 1024 for part in (4, 6, 7))))),
     )  # fmt: skip
     yield Slot(
         "rms_norm", "wide rows", (tile(2),), ("rms_norm_fwd_wide_kernel", "rms_norm_bwd_wide_kernel"), "both",

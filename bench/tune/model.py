@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from bench.compile.ahead_of_time import Compiled
 
-# For each cycle of a multiprocessor: FLOP by kind of product, instructions, bytes. DRAM and L2: a multiprocessor's share.
+# A cycle of a multiprocessor: FLOP by kind of product, instructions, bytes (of DRAM and the L2 cache its share).
 UNITS = {
     "sm_90": {
         "half": 4096, "tf32": 2048, "ieee": 256, "exponentials": 16, "floats": 128, "shared": 128, "L2": 32, "DRAM": 18,

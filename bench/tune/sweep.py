@@ -1,7 +1,7 @@
 """Times the ranked candidates of an op's slots beside the incumbents, each proven first, and decides.
 
-A candidate is held against the float64 reference (llmcore.testing.verify) on odd sizes before it is timed. It is timed in
-rounds with the incumbent, and the incumbent once more: how far those two differ is what the timing cannot tell apart.
+A candidate is held against the float64 reference (llmcore.testing.verify) on odd sizes before it is timed. It is timed
+in rounds with the incumbent, and the incumbent once more: how far those two differ is the noise.
 The best candidate is then timed a second time, because the best of several readings is partly luck, and that second
 time alone decides: it replaces the incumbent when it is faster by MARGIN and by three times the difference between the
 incumbent and itself, over all workloads together, and slower than the incumbent by more than that on none of them.
@@ -75,7 +75,7 @@ def wrong(slot: Slot, values: Values, cases: list[Case], device: str) -> str | N
 
 
 def timed(slot: Slot, values: Values, incumbent: Values, cases: list[Case], settings: Settings) -> list[Row]:
-    """A row for each workload: microseconds, the candidate's time over the incumbent's, and the incumbent's over its own."""
+    """A row for each workload. ratio: the candidate's time over the incumbent's; noise: the incumbent's own."""
     rows = []
     for case in cases:
         torch.manual_seed(0)
@@ -148,8 +148,6 @@ def sweep_slot(slot: Slot, ranked: list[Values], done: list[Row], settings: Sett
     if any(row["what"] == "decision" and tupled(row["values"]) == incumbent and row["replaces"] for row in own):
         return  # the winner of an earlier run stands in the table
     own = [row for row in own if tupled(row["incumbent"]) == incumbent]
-    if any(row["what"] == "decision" and not row["replaces"] for row in own):
-        return
     torch.set_float32_matmul_precision(precision(slot))
     cases = workloads(slot, settings.device)
 
@@ -163,7 +161,14 @@ def sweep_slot(slot: Slot, ranked: list[Values], done: list[Row], settings: Sett
         if "error" in row and not _answers(settings.device):
             raise Broken(f"{slot.name} {values}: {row['error']}")
 
-    for values in [values for values in ranked if values != incumbent][: settings.top]:
+    candidates = [values for values in ranked if values != incumbent][: settings.top]
+    tried = {tupled(row["values"]) for row in own}
+    if not tried.issuperset(candidates):
+        error = wrong(slot, incumbent, cases, settings.device)
+        if error is not None:  # nothing can be learnt beside a wrong incumbent
+            yield {"slot": slot.name, "what": "incumbent", "values": incumbent, "incumbent": incumbent, "error": error}
+            return
+    for values in candidates:
         yield from rows_of("candidate", values)
     if settings.late():
         return
@@ -172,7 +177,8 @@ def sweep_slot(slot: Slot, ranked: list[Values], done: list[Row], settings: Sett
     replaces = False
     if best is not None:
         yield from rows_of("second timing", tupled(best["values"]))
-        second = [row for row in own if row["what"] == "second timing" and row["values"] == best["values"]]
+        chosen = tupled(best["values"])
+        second = [row for row in own if row["what"] == "second timing" and tupled(row["values"]) == chosen]
         if not second:
             return
         replaces = "timed" in second[0] and faster(second[0]["timed"])

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import sys
+from typing import Any
 
 from bench.compile.ahead_of_time import compiler
 from bench.tune.candidates import slots, tupled
@@ -33,7 +34,7 @@ def main(capability: int) -> None:
         try:
             with injected(slot.places, tupled(request["values"])):
                 compiled = compile_launch(request["launch"], launches[request["launch"]].call)
-            answer = {"kernels": [dataclasses.asdict(entry) for _, entry in compiled]}
+            answer: dict[str, Any] = {"kernels": [dataclasses.asdict(entry) for _, entry in compiled]}
         except Exception as error:  # whatever the compiler says against a candidate is the answer
             answer = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"}
         print(json.dumps(answer), file=answers, flush=True)

@@ -1,4 +1,4 @@
-"""What a slot's candidates are timed on and proven on: the shapes of the op benchmarks, by the part that the slot decides.
+"""What a slot's candidates are timed on and proven on: the shapes of the op benchmarks.
 
 Proven is every candidate on odd sizes, whose last tiles are ragged, small enough for the float64 reference.
 """
@@ -35,7 +35,7 @@ def _attention(slot: Slot, device: str) -> Iterator[Case]:
     heads = max(2048 // size, 8)
     half = torch.bfloat16 if device == "cuda" else torch.float16  # the interpreter's bfloat16 is not the hardware's
     dtype = half if kind.startswith("half") else torch.float32
-    shapes = [(4, 4096, heads, heads, True), (4, 4096, heads, heads // 4, False)]
+    shapes = [(4, 4096, heads, heads // 4, True), (4, 4096, heads, heads // 4, False)]
     if device != "cuda":
         shapes = [(2, 128, 2, 1, True)]
     for B, T, H, K, causal in shapes:
