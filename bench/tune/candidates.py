@@ -60,8 +60,8 @@ ATTENTION = (
 # By kind of product: held blocks, streamed blocks, warps, stages. Exact products keep their operands in registers:
 # their tiles are small.
 ATTENTION_SPACE = {
-    "half": ((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4)),
-    "half by pointer": ((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4)),
+    "half": ((32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4)),
+    "half by pointer": ((32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4)),
     "tf32": ((32, 64, 128), (16, 32, 64), (4, 8), (1, 2, 3)),
     "ieee": ((16, 32, 64, 128), (16, 32, 64), (4, 8), (1, 2)),
 }
@@ -73,6 +73,10 @@ def bytes_of(kind: str) -> int:
 
 def _attention_candidates(table: _Attention, architecture: str, kind: str, size: int) -> Iterator[Values]:
     for held, stream, warps, stages in product(*ATTENTION_SPACE[kind]):
+        if (
+            kind.startswith("half") and stream < 32 and size <= 128
+        ):  # narrow products are slow: only where nothing else fits
+            continue
         floats = held * size * table.accumulators + held * stream * table.scores
         streamed = stages * stream * 2 * size * bytes_of(kind)
         if floats > ACCUMULATOR_REGISTERS * 32 * warps or streamed > PROGRAM_SHARED_MEMORY[architecture]:
