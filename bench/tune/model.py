@@ -12,8 +12,8 @@ L2 cache and of shared memory for each product and start seldom; small ones let 
 exponentials or waiting pass beside another's products; stages shorten the wait and cost shared memory, hence programs.
 What is compared is cycles for each useful element: what a tile computes beyond the causal diagonal is waste.
 
-The figures are those of data sheets and not of a measurement. The model orders candidates, so that the ones worth
-timing are timed first; it decides nothing.
+The figures are from data sheets, and for the L2 cache and latencies a guess; none was measured. The model orders
+candidates, so that the ones worth timing are timed first; it decides nothing.
 """
 
 from dataclasses import dataclass

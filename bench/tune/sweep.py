@@ -23,8 +23,8 @@ from bench.tune.places import injected
 from bench.tune.workloads import precision, workloads
 from llmcore.testing import verify
 
-# An entry is not changed for less: medians of nine rounds move by about a hundredth between two runs of the same code,
-# and every change costs a new look at the compile record.
+# An entry is not changed for less: the noise is a reading too and may be small by luck, and every change costs a new
+# look at the compile record.
 MARGIN = 0.02
 NOISE_FACTOR = 3
 

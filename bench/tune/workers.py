@@ -13,7 +13,7 @@ from bench.compile.ahead_of_time import Compiled
 from bench.compile.record import ROOT
 from bench.tune.candidates import Slot, Values
 
-# The slowest candidate seen took 20 s; an assembler that spills everything can take many minutes.
+# Seconds. What takes longer to compile is no candidate: somebody would wait for it at the first call.
 LIMIT = 120.0
 
 Outcome = list[Compiled] | str
