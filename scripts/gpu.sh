@@ -75,7 +75,7 @@ step packages 300 bash -c packages || { cat "$out/packages.txt"; exit 1; }
 step build 600 "$python" setup.py build_native --inplace || failed=1
 if [ -n "$rehearse" ]; then
     step tests 300 "$python" -m pytest tests/ops/test_rms_norm.py -q -p no:cacheprovider || failed=1
-    [ -z "$tune" ] || step tune 600 "$python" -m bench tune "$tune" --rehearse --top 1 --results "$out" || failed=1
+    [ -z "$tune" ] || step tune 600 "$python" -m bench tune "$tune" --rehearse --top 1 --seconds 240 --results "$out" || failed=1
     step sanitizer 60 bash -c sanitizer || failed=1
     step bench 300 "$python" -m bench ops swiglu --short --results "$out" || failed=1
 else

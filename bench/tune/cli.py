@@ -158,7 +158,7 @@ def sentence(row: dict[str, Any]) -> str:
     if "timed" in row:
         times = "; ".join(f"{r['case']}: {r['ratio']:.3f} ± {r['noise']:.3f}" for r in row["timed"])
         return f"{name} over the incumbent's time: {times}"
-    return f"{name} {'replaces' if row['replaces'] else 'stays; no candidate is faster beyond noise'}"
+    return f"{name} {'wins' if row['replaces'] else 'stays; no candidate is faster beyond noise'}"
 
 
 def line(name: str, row: dict[str, Any]) -> str:

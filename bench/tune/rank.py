@@ -2,8 +2,9 @@
 
 Every candidate is compiled. Dropped are those that do not compile, need more shared memory than a program can have,
 spill more than the incumbent does in the same launch, or lose a kind of instruction that the incumbent has (wgmma,
-mma, bulk or asynchronous copies). The rest are ordered by the model, the geometric mean over the launches that decide.
-The launches that only have to compile as well are compiled from the top of that order, until enough have passed.
+mma, bulk or asynchronous copies) and have no better one instead. The rest are ordered by the model, the geometric mean
+over the launches that decide. The launches that only have to compile as well are compiled from the top of that order,
+until enough have passed.
 """
 
 import json
@@ -22,6 +23,8 @@ from bench.tune.model import cycles
 from bench.tune.workers import Outcome, Workers
 
 FOLDER = RECORDS.parent / "tune"
+# What may take the place of a kind of instruction.
+BETTER = {"mma_sync": "wgmma", "async_copies": "bulk_copies"}
 KEPT = 8
 # Candidates that differ in nothing but warps and stages are kept up to this number, so that other tiles get a chance.
 ALIKE = 3
@@ -43,7 +46,8 @@ def against(architecture: str, compiled: Outcome, incumbent: Outcome) -> str | N
         if now.stack > before.stack:
             return "spills" if before.stack == 0 else "spills more than the incumbent"
         for kind in KINDS:
-            if getattr(before, kind) and not getattr(now, kind):
+            better = getattr(now, BETTER.get(kind, kind))
+            if getattr(before, kind) and not getattr(now, kind) and not better:
                 return f"loses its {kind}"
     return None
 

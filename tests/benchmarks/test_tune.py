@@ -73,6 +73,10 @@ def test_what_is_dropped(facts, reason):
     assert rank.against("sm_90", [compiled(**facts)], [compiled()]) == reason
 
 
+def test_a_better_kind_of_instruction_is_no_loss():
+    assert rank.against("sm_90", [compiled()], [compiled(wgmma=0, mma_sync=8, bulk_copies=0, async_copies=4)]) is None
+
+
 def test_what_does_not_compile_is_dropped_by_kind():
     reasons = {rank.against("sm_90", f"ValueError: {number} is too much", [compiled()]) for number in (1, 2.5)}
     assert reasons == {"ValueError: … is too much"}
