@@ -32,12 +32,14 @@ BINDING_FLAGS = ["-O1"]  # they only pass arguments on, and pybind11 is slow to 
 
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+AVX512_BF16_FLAGS = [*AVX512_FLAGS, "-mavx512bf16"]
 # level: (flags, a function that only compiles where compiler and assembler know the level). Worst level first.
 X86_LEVELS = {
     "baseline": ([], ""),
     "avx2": (AVX2_FLAGS, "__m256 f(__m256 x) { return _mm256_fmadd_ps(x, x, _mm256_cvtph_ps(_mm_setzero_si128())); }"),
     "avx512": (AVX512_FLAGS, "__m512 f(__m512 x) { return _mm512_mul_ps(x, x); }"),
-    "avx512_bf16": ([*AVX512_FLAGS, "-mavx512bf16"], "__m256bh f(__m512 x) { return _mm512_cvtneps_pbh(x); }"),
+    "avx512_bf16": (AVX512_BF16_FLAGS, "__m256bh f(__m512 x) { return _mm512_cvtneps_pbh(x); }"),
+    "amx": ([*AVX512_BF16_FLAGS, "-mamx-tile", "-mamx-bf16"], "void f() { _tile_dpbf16ps(0, 1, 2); }"),
 }
 
 

@@ -27,10 +27,12 @@ from torch.nn.parallel import DistributedDataParallel
 from llmcore import models
 from llmcore.data import Batches, Corpus, DataError, gather, load_corpus, validation_windows
 from llmcore.train import distributed
-from llmcore.train.checkpoint import CheckpointError, load_checkpoint, require_model, save_checkpoint
+from llmcore.train.average import Average
+from llmcore.train.checkpoint import CheckpointError, load_checkpoint, point, require_model, save_checkpoint, tidy
 from llmcore.train.config import ConfigError, SampleConfig, TrainConfig, model_config
 from llmcore.train.describe import describe
 from llmcore.train.distributed import World
+from llmcore.train.guard import Guard, Spikes
 from llmcore.train.machine import keep_freed_memory, require_backends, use_bf16
 from llmcore.train.optimizer import build_optimizer
 from llmcore.train.parse import parse
@@ -51,14 +53,16 @@ def train(config: TrainConfig, start: Start, run: Path, corpus: Corpus, world: W
     torch.manual_seed(config.seed)
     model = models.build(model_config(config)).to(world.device)
     optimizer = build_optimizer(model, config.optimizer)
+    average = Average(model, config.ema_decay) if config.ema_decay else None
     if start.checkpoint is not None:
-        load_checkpoint(start.checkpoint, model, optimizer)
+        load_checkpoint(start.checkpoint, model, optimizer, average)
     parallel: nn.Module = DistributedDataParallel(model) if world.size > 1 else model
     bf16 = use_bf16(config.precision, world.device)
     autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=bf16)
 
     batches = Batches(corpus.train, config.batch_size, config.seq_len, config.seed)
     micro_size, _ = config.micro_batches(world.size)
+    guard, spikes = Guard(world.device), Spikes()
     meter = Meter(config.batch_size * config.seq_len, model.flops_per_token(config.seq_len))
     report.say(f"run     {run}, from {start.checkpoint or 'step 0'}")
     report.log(event="start", step=start.step, processes=world.size, bf16=bf16, config=config.to_dict())
@@ -66,29 +70,35 @@ def train(config: TrainConfig, start: Start, run: Path, corpus: Corpus, world: W
     def elapsed() -> float:
         return time.perf_counter() - began - meter.seconds_paused
 
-    def validate(max_tokens: int) -> None:
+    def averaged() -> contextlib.AbstractContextManager[None]:
+        return average.applied(model) if average else contextlib.nullcontext()
+
+    def validate(max_tokens: int) -> float:
         seconds = elapsed()
-        with meter.paused(), autocast:
+        with meter.paused(), averaged(), autocast:
             bits = bits_per_byte(model, corpus, max_tokens, config.seq_len, micro_size, world)
         report.log(step=step, seconds=seconds, val_bpb=bits)
         report.say(f"step {step}  held-out text: {bits:.4f} bits per byte")
         require_finite("the loss on the held-out text", bits, step)
+        return bits
 
     def save() -> None:
         seconds = elapsed()
         with meter.paused():
             require_finite("the largest weight", world.on_first(lambda: largest_weight(model)), step)
-            facts = (config.to_dict(), corpus.fingerprint)
-            path = world.on_first(lambda: save_checkpoint(run, step, seconds, model, optimizer, *facts))
+            state = (model, optimizer, config.to_dict(), corpus.fingerprint, average, best)
+            path = world.on_first(lambda: save_checkpoint(run, step, seconds, *state))
+            world.on_first(lambda: tidy(run, config.keep_checkpoints, best))
             report.say(f"step {step}  checkpoint: {path}")
 
+    best, max_steps = start.best, config.steps(corpus.train.size)
     step = saved = start.step
     began = time.perf_counter() - start.seconds
     while True:
         seconds = elapsed()
         if config.max_seconds is not None:
             seconds = world.from_first(seconds)  # all ranks must stop at the same step
-        done = progress(step, seconds, config.max_steps, config.max_seconds)
+        done = progress(step, seconds, max_steps, config.max_seconds)
         if done >= 1:
             break
 
@@ -98,35 +108,46 @@ def train(config: TrainConfig, start: Start, run: Path, corpus: Corpus, world: W
 
         # The loss and its gradients, averaged over the ranks.
         loss = forward_backward(parallel, inputs, targets, micro_size, autocast)
-        if config.optimizer.grad_clip > 0:
-            nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip or math.inf)
 
-        # The step.
+        # The step; not made, on any rank, where the gradient is not finite.
         lr = learning_rate(config.optimizer, step, done)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
+        optimizer.set_learning_rate(lr)
+        optimizer.step(skip=guard.check(norm))
         optimizer.zero_grad()
+        if average:
+            average.update(model, step)
         step += 1
 
-        meter.add(loss)
-        if step % config.log_interval == 0 or step == config.max_steps:
+        meter.add(loss, norm)
+        if step % config.log_interval == 0 or step == max_steps:
             now = meter.read(world)
-            report.log(step=step, seconds=elapsed(), lr=lr, **asdict(now))
+            skipped, in_a_row = guard.read()
+            report.log(step=step, seconds=elapsed(), lr=lr, skipped=skipped, **asdict(now))
             report.show(f"step {step}  loss {now.loss:.4f}  lr {lr:.2e}  {now}", done)
-            require_finite("the loss", now.loss, step)
+            if in_a_row >= config.max_skipped:
+                raise TrainingError(
+                    f"the gradient was not finite in {in_a_row} steps in a row, up to step {step}; lower optimizer.lr"
+                )
+            if (usual := spikes.find(now.loss)) is not None:
+                report.say(f"step {step}  the loss jumped from about {usual:.4f} to {now.loss:.4f}")
         if config.eval_interval and step % config.eval_interval == 0:
-            validate(config.eval_tokens)
-        if config.checkpoint_interval and step % config.checkpoint_interval == 0:
+            best.update(validate(config.eval_tokens), step)
+        if best.step == step or (config.checkpoint_interval and step % config.checkpoint_interval == 0):
             save()
             saved = step
+        if best.is_lost(config.patience):
+            report.say(f"step {step}  no better validation since step {best.step}: the run stops here")
+            break
 
     report.close()
     if step != saved:
         save()
+    world.on_first(lambda: point(run, "final", step))
     validate(config.final_eval_tokens)
     if world.rank == 0 and config.sample.tokens:
-        print(f"\n{sample(model, config.sample, config.seed)}")
+        with averaged():
+            print(f"\n{sample(model, config.sample, config.seed)}")
 
 
 def forward_backward(

@@ -4,11 +4,15 @@ F.rms_norm, F.scaled_dot_product_attention, F.silu and F.cross_entropy, written 
 llmcore's state_dict, so that both start from the same weights.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmcore.models import ModelConfig
+from llmcore.models.decoder import DecoderOutput
 
 
 class PlainAttention(nn.Module):
@@ -102,3 +106,15 @@ class PlainDecoder(nn.Module):
 
     def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(self.lm_head(self.model(input_ids)).flatten(0, -2).float(), targets.flatten())
+
+
+class PlainTwin(nn.Module):
+    """A PlainDecoder with these weights that answers a training loop as llmcore's Decoder does."""
+
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.decoder = PlainDecoder(config)
+        self.decoder.load_state_dict(weights)
+
+    def forward(self, input_ids: Tensor, targets: Tensor) -> DecoderOutput:
+        return DecoderOutput(loss=self.decoder(input_ids, targets))

@@ -10,10 +10,19 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from bench import plots
 from bench.compare import read
 
 PASSES = ("forward", "forward + backward")
 PEERS = ("eager", "torch.compile")
+ERRORS = (
+    "Root mean square of the error over that of the exact values, the largest over the sizes; same inputs, float64 by "
+    "the reference."
+)
+CURVES = (
+    "The same data, weights and seed. Training amplifies any difference, so the measure is plain PyTorch against "
+    "itself from weights moved by one unit in the last place."
+)
 WORDS = {
     "README.md": {
         "where": "{processor}, {threads} threads, {kernels} kernels, PyTorch {torch}, {date}.",
@@ -29,7 +38,6 @@ WORDS = {
     },
 }  # fmt: skip
 MARKED = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
-COLORS = {"eager": "#4c72b0", "torch.compile": "#dd8452"}
 
 
 def measured(record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -42,7 +50,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def dtype_of(row: dict[str, Any]) -> str:
-    return {"float32": "fp32", "bfloat16": "bf16"}[row["case"].split()[-1]]
+    return plots.SHORT[row["case"].split()[-1]]
 
 
 def figures(folder: Path, words: dict[str, str]) -> str:
@@ -94,65 +102,92 @@ def rows_of(record: dict[str, Any]) -> str:
     peers = list(dict.fromkeys(n for row in measured(record) for n in row["microseconds"]))
     body = []
     for row in measured(record):
-        rates = row.get("GFLOP/s") or row.get("GB/s") or {}
-        unit = "GFLOP/s" if "GFLOP/s" in row else "GB/s" if rates else ""
-        share = row.get("share of matrix product", row.get("share of copy bandwidth"))
+        bound = row.get("bound by", "memory")
+        unit = "GB/s" if bound == "memory" else "GFLOP/s"
+        rate = row.get(unit, {}).get("llmcore")
+        share = row.get("share of the ceiling", {}).get("llmcore")
+        peaks = row.get("peak MiB", {})
         body.append(
             [row["op"], row["case"], row["pass"]]
             + [f"{row['microseconds'][n]:.1f}" if n in row["microseconds"] else "–" for n in peers]
-            + [f"{rates['llmcore']:.0f} {unit}" if rates else "–", f"{share:.2f}" if share is not None else "–"]
+            + [f"{rate:.0f} {unit}" if rate else "–", f"{share:.2f}, {bound}" if share is not None else "–"]
+            + [", ".join(f"{n} {peak:.1f}" for n, peak in peaks.items()) or "–"]
             + ["; ".join(f"{n}: {why}" for n, why in row.get("absent", {}).items())]
         )
-    return table(
-        ["op", "case", "pass", *(f"{n}, µs" for n in peers), "llmcore", "of the ceiling", "absent peers"], body
-    )
+    head = ["op", "case", "pass", *(f"{n}, µs" for n in peers), "llmcore", "share of the ceiling", "peak MiB"]
+    return table([*head, "absent peers"], body)
 
 
-def plot(record: dict[str, Any], path: Path) -> None:
-    """How many times faster than each peer, a panel for each op."""
-    import matplotlib
+def errors_of(record: dict[str, Any]) -> str:
+    """The largest error over the sizes, by op, dtype and value."""
+    rows = record["records"]
+    names = list(dict.fromkeys(n for row in rows for n in row["rms"]))
+    found: dict[tuple[str, str, str], dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        largest = found[row["op"], row["dtype"], row["value"]]
+        for name, error in row["rms"].items():
+            largest[name] = max(error, largest.get(name, 0.0))
+    body = [[*key, *(f"{e[n]:.2e}" if n in e else "–" for n in names)] for key, e in found.items()]
+    return table(["op", "dtype", "value", *names], body)
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    rows = measured(record)
-    ops = list(dict.fromkeys(row["op"] for row in rows))
-    heights = [sum(row["op"] == op for row in rows) for op in ops]
-    figure, panels = plt.subplots(
-        len(ops), 1, figsize=(9, 0.22 * sum(heights) + 1.2 * len(ops)), squeeze=False, layout="constrained",
-        gridspec_kw={"height_ratios": heights},
-    )  # fmt: skip
-    for panel, op in zip(panels[:, 0], ops, strict=True):
-        own = [row for row in rows if row["op"] == op]
-        for offset, peer in ((-0.2, "eager"), (0.2, "torch.compile")):
-            places = [i + offset for i, row in enumerate(own) if peer in row["times faster than"]]
-            values = [row["times faster than"][peer] for row in own if peer in row["times faster than"]]
-            beyond = [value - 1 for value in values]
-            panel.barh(places, beyond, left=1, height=0.4, color=COLORS[peer], label=f"than {peer}")
-        panel.axvline(1, color="black", linewidth=0.8)
-        panel.set_xscale("log")
-        panel.set_xlim(0.8, 20)
-        panel.set_xticks([1, 2, 4, 8, 16], ["1×", "2×", "4×", "8×", "16×"])
-        panel.set_yticks(range(len(own)), [f"{r['case']}, {r['pass']}" for r in own], fontsize=6)
-        panel.set_ylim(len(own) - 0.4, -0.6)
-        panel.set_title(f"{op}: times faster", fontsize=9, loc="left")
-    panels[0, 0].legend(fontsize=7)
+def strays(rows: list[dict[str, Any]]) -> list[str]:
+    """How far each run's loss strays from plain PyTorch's, root mean square over the run and over its last tenth."""
+    sentences = []
+    for row in rows:
+        plain = next(r for r in rows if r["candidate"] == "plain PyTorch" and r["precision"] == row["precision"])
+        if row is plain:
+            continue
+        apart = [(a - b) ** 2 for a, b in zip(row["loss"], plain["loss"], strict=True)]
+        tail = apart[-max(1, len(apart) // 10) :]
+        rms, late = ((sum(part) / len(part)) ** 0.5 for part in (apart, tail))
+        bits = row["held-out bits per byte"], plain["held-out bits per byte"]
+        sentences.append(
+            f"- {row['name']}: {rms:.4f} rms over {row['steps']} steps, {late:.4f} over the last tenth; held-out "
+            f"{bits[0]:.4f} bits per byte, plain PyTorch {bits[1]:.4f}."
+        )
+    return sentences
+
+
+def report_of(folder: Path) -> list[Path]:
+    """Writes report.md and the plots of one device's records."""
+    record = read(folder / "ops.json")
     machine = record["machine"]
     where = machine.get("gpu", f"{machine['processor']}, {machine['threads']} threads")
-    figure.suptitle(f"{where}, PyTorch {machine['torch']}, {machine['date']}", fontsize=9)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    title = f"{where}, PyTorch {machine['torch']}, {machine['date']}"
+    rows = measured(record)
+    detailed = [row for row in rows if "flops" in row]
+    ceilings = [r["ceilings"] for r in record["records"] if "ceilings" in r]
+    drawn: list[Path | None] = [plots.ratios(rows, title, folder / "ratios.png")]
+    if detailed:
+        drawn += [
+            plots.throughput(detailed, title, folder / "throughput.png"),
+            plots.bandwidth(detailed, title, folder / "bandwidth.png"),
+            plots.roofline(detailed, ceilings[-1], title, folder / "roofline.png"),
+            plots.memory(detailed, title, folder / "memory.png"),
+        ]
+    facts = ", ".join(f"{name} {value}" for name, value in machine.items())
+    text = [f"# {folder.name}", facts, *map(json.dumps, ceilings), "## Ops", rows_of(record)]
+    others = {
+        name: read(path) for name in ("errors", "curves", "scaling") if (path := folder / f"{name}.json").exists()
+    }
+    for name, other in others.items():
+        draw = {"errors": plots.errors, "curves": plots.curves, "scaling": plots.scaling}[name]
+        drawn.append(draw(other["records"], title, folder / f"{name}.png"))
+    if "errors" in others:
+        text += ["## Errors against float64", ERRORS, errors_of(others["errors"])]
+    if "curves" in others:
+        text += ["## Loss curves", CURVES, "\n".join(strays(others["curves"]["records"]))]
+    done = [path for path in drawn if path]
+    text += ["## Plots", "\n\n".join(f"![{path.stem}]({path.name})" for path in done)]
+    (folder / "report.md").write_text("\n\n".join(text) + "\n")
+    return [folder / "report.md", *done]
 
 
 def main(root: Path, results: Path) -> int:
     for folder in sorted(path.parent for path in results.glob("*/ops.json")):
-        record = read(folder / "ops.json")
-        facts = ", ".join(f"{name} {value}" for name, value in record["machine"].items())
-        ceilings = [json.dumps(r["ceilings"]) for r in record["records"] if "ceilings" in r]
-        text = "\n\n".join([f"# {folder.name}", facts, *ceilings, rows_of(record)])
-        (folder / "report.md").write_text(text)
-        plot(record, folder / "ratios.png")
-        print(f"written: {folder / 'report.md'} and ratios.png")
+        for path in report_of(folder):
+            print(f"written: {path}")
     for name, words in WORDS.items():
         readme = root / name
         readme.write_text(with_figures(readme.read_text(), words, results))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.plain_model import PlainDecoder
+from bench.plain_model import PlainTwin
 from llmcore import models
 from llmcore.data import Batches, Corpus, load_corpus
 from llmcore.train.config import TrainConfig, model_config
@@ -19,15 +19,6 @@ from llmcore.train.machine import use_bf16
 from llmcore.train.optimizer import build_optimizer
 from llmcore.train.schedule import learning_rate, progress
 from train_minimal import bits_per_byte, forward_backward
-
-
-class Plain(nn.Module):
-    def __init__(self, config: models.ModelConfig) -> None:
-        super().__init__()
-        self.decoder = PlainDecoder(config)
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> models.decoder.DecoderOutput:
-        return models.decoder.DecoderOutput(loss=self.decoder(x, y))
 
 
 def train(model: nn.Module, config: TrainConfig, corpus: Corpus, bf16: bool, seconds: float) -> tuple[int, float]:
@@ -40,8 +31,7 @@ def train(model: nn.Module, config: TrainConfig, corpus: Corpus, bf16: bool, sec
         inputs, targets = batches(step, 0, 1)
         forward_backward(model, inputs, targets, config.batch_size, autocast)
         nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config.optimizer, step, progress(step, elapsed, None, seconds))
+        optimizer.set_learning_rate(learning_rate(config.optimizer, step, progress(step, elapsed, None, seconds)))
         optimizer.step()
         optimizer.zero_grad()
         step += 1
@@ -56,12 +46,9 @@ def run(seconds: float) -> Iterator[dict[str, Any]]:
     bf16 = use_bf16(config.precision, torch.device("cpu"))
     for name, low in (("llmcore", bf16), ("plain PyTorch", bf16), ("plain PyTorch", not bf16)):
         torch.manual_seed(config.seed)
-        ours = models.build(settings)
-        model: nn.Module = ours
+        model: nn.Module = models.build(settings)
         if name != "llmcore":
-            plain = Plain(settings)
-            plain.decoder.load_state_dict(ours.state_dict())
-            model = plain
+            model = PlainTwin(settings, model.state_dict())
         steps, bits = train(model, config, corpus, low, seconds)
         record = {
             "candidate": f"{name} {'bf16' if low else 'fp32'}",

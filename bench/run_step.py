@@ -16,8 +16,7 @@ from llmcore.train.optimizer import build_optimizer
 
 def step_of(model: Any, config: TrainConfig, bf16: bool, plain: bool, batch: tuple[torch.Tensor, torch.Tensor]):
     optimizer = build_optimizer(model, config.optimizer)
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
+    optimizer.set_learning_rate(0.0)
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):

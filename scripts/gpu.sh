@@ -4,7 +4,8 @@
 #   scripts/gpu.sh [--rehearse] [--tune OP] [--long] [--out DIR] [--wheels DIR]
 #
 # Builds the native parts, runs the tests of every op on every backend, compute-sanitizer, and the benchmarks: the short
-# set (under 8 minutes), with --long the others too, going on where an earlier run stopped. Records go to bench/results/,
+# set (under 8 minutes), with --long the others too, going on where an earlier run stopped; then the errors against
+# float64. Records go to bench/results/,
 # what was printed to DIR (default gpu-run). Python packages that are missing are taken from the folder of wheels.
 # --tune chooses the configurations of one op after the tests, for at most 15 minutes; what it changed in kernels/ goes to
 # DIR too. --rehearse does every step on a machine without a GPU, on the CPU and on little; its records go to DIR.
@@ -78,6 +79,7 @@ if [ -n "$rehearse" ]; then
     [ -z "$tune" ] || step tune 600 "$python" -m bench tune "$tune" --rehearse --top 1 --seconds 240 --results "$out" || failed=1
     step sanitizer 60 bash -c sanitizer || failed=1
     step bench 300 "$python" -m bench ops swiglu --short --results "$out" || failed=1
+    step errors 300 "$python" -m bench errors swiglu --results "$out" || failed=1
 else
     step tests 600 "$python" -m pytest tests/ops -q -p no:cacheprovider || failed=1
     if [ -n "$tune" ]; then
@@ -87,6 +89,7 @@ else
     step sanitizer 180 bash -c sanitizer || failed=1
     step bench 480 "$python" -m bench ops --device cuda --short || failed=1
     [ -z "$long" ] || step bench-long 3600 "$python" -m bench ops --device cuda --resume || failed=1
+    step errors 240 "$python" -m bench errors --device cuda || failed=1
     cp -r bench/results "$out/"
 fi
 exit $failed

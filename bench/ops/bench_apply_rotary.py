@@ -14,6 +14,42 @@ def eager(q, k, cos, sin):
     return rotate(q, cos, sin), rotate(k, cos, sin)
 
 
+def doubled(cos, sin, dtype):
+    """Angles as Hugging Face and Liger want them: (1, T, D), in the dtype of q."""
+    return (torch.cat((table, table), -1).to(dtype)[None] for table in (cos, sin))
+
+
+def transformers():
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    return lambda q, k, cos, sin: apply_rotary_pos_emb(q, k, *doubled(cos, sin, q.dtype), unsqueeze_dim=2)
+
+
+def liger():
+    from liger_kernel.ops.rope import LigerRopeFunction
+
+    def call(q, k, cos, sin):
+        rotated = LigerRopeFunction.apply(q.transpose(1, 2), k.transpose(1, 2), *doubled(cos, sin, q.dtype))
+        return tuple(x.transpose(1, 2) for x in rotated)
+
+    return call
+
+
+def flash_linear_attention():
+    from fla.modules.rotary import rotary_embedding
+
+    return lambda q, k, cos, sin: tuple(rotary_embedding(x, cos.to(x.dtype), sin.to(x.dtype)) for x in (q, k))
+
+
+def flash_attn():
+    from flash_attn.layers.rotary import apply_rotary_emb
+
+    return lambda q, k, cos, sin: tuple(apply_rotary_emb(x, cos.to(x.dtype), sin.to(x.dtype)) for x in (q, k))
+
+
+GPU_PEERS = {"Liger": liger, "flash-linear-attention": flash_linear_attention, "flash-attn": flash_attn}
+
+
 def case(B: int, T: int, H: int, K: int, D: int, dtype: torch.dtype, device: str = "cpu", short: bool = False) -> Case:
     def inputs(device):
         angle = torch.rand(T, D // 2, device=device) * 6.28
@@ -24,11 +60,25 @@ def case(B: int, T: int, H: int, K: int, D: int, dtype: torch.dtype, device: str
             "sin": angle.sin(),
         }
 
-    moved = 2 * B * T * (H + K) * D * dtype.itemsize
+    elements = B * T * (H + K) * D
+    moved = 2 * elements * dtype.itemsize
     return Case(
         f"B{B} T{T} H{H} K{K} D{D} {name_of(dtype)}", ops.apply_rotary, eager, ops.apply_rotary.reference, inputs,
-        (moved, moved), device=device, short=short,
+        (moved, moved), (3 * elements, 3 * elements),
+        peers={"transformers": transformers, **(GPU_PEERS if device == "cuda" else {})},
+        facts={"dtype": name_of(dtype), "width": (H + K) * D}, device=device, short=short,
     )  # fmt: skip
+
+
+def of_model(config, B: int, T: int, dtype: torch.dtype, device: str) -> list[Case]:
+    return [case(B, T, config.num_attention_heads, config.num_key_value_heads, config.head_dim, dtype, device)]
+
+
+SIZES = (32, 64, 128, 256)
+
+
+def of_size(size: int, dtype: torch.dtype, device: str) -> Case:
+    return case(1, 256, 2, 1, size, dtype, device)
 
 
 CASES = [

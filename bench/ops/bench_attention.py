@@ -49,10 +49,42 @@ def flex():
     return call
 
 
+def flash_attn():
+    from flash_attn import flash_attn_func
+
+    return lambda q, k, v, causal: flash_attn_func(q, k, v, causal=causal)
+
+
+def flash_attn_3():
+    from flash_attn_interface import flash_attn_func
+
+    def call(q, k, v, causal):
+        result = flash_attn_func(q, k, v, causal=causal)
+        return result[0] if isinstance(result, tuple) else result
+
+    return call
+
+
+def xformers():
+    from xformers.ops import LowerTriangularMask, memory_efficient_attention
+
+    def call(q, k, v, causal):
+        mask, (H, K) = (LowerTriangularMask() if causal else None), (q.shape[2], k.shape[2])
+        if H == K:
+            return memory_efficient_attention(q, k, v, mask)
+        k, v = (x.unsqueeze(3).expand(-1, -1, -1, H // K, -1) for x in (k, v))
+        return memory_efficient_attention(q.unflatten(2, (K, H // K)), k, v, mask).flatten(2, 3)
+
+    return call
+
+
 GPU_PEERS = {
     "SDPA flash": sdpa_by(SDPBackend.FLASH_ATTENTION),
     "SDPA cuDNN": sdpa_by(SDPBackend.CUDNN_ATTENTION),
     "FlexAttention": flex,
+    "flash-attn": flash_attn,
+    "flash-attn 3": flash_attn_3,
+    "xformers": xformers,
 }
 
 
@@ -64,13 +96,28 @@ def case(
         made = {n: torch.randn(B, T, h, D, device=device).to(dtype) for n, h in (("q", H), ("k", K), ("v", K))}
         return {**{n: t.requires_grad_() for n, t in made.items()}, "causal": causal}
 
+    rows, keys = B * T * H * D * dtype.itemsize, B * T * K * D * dtype.itemsize
+    # q, k, v, out; then q, k, v, out, dout, dq, dk, dv
+    moved = (2 * rows + 2 * keys, 4 * rows + 4 * keys)
     products = 4.0 * B * H * T * T * D / (2 if causal else 1)
     title = f"{'causal' if causal else 'full'} B{B} T{T} H{H} K{K} D{D} {name_of(dtype)}"
     return Case(
-        title, ours, sdpa, reference, inputs, flops=(products, 2.5 * products), device=device, short=short,
+        title, ours, sdpa, reference, inputs, moved, (products, 2.5 * products), device=device, short=short,
+        facts={"dtype": name_of(dtype), "length": T, "head_dim": D, "causal": causal},
         peers=GPU_PEERS if device == "cuda" else {},
-        check=(lambda device: inputs(device, 1, H // K, 1)) if device == "cuda" else None,
+        check=(lambda device: inputs(device, 1, H // K, 1)) if device == "cuda" or T > 2048 else None,
     )  # fmt: skip
+
+
+def of_model(config, B: int, T: int, dtype: torch.dtype, device: str) -> list[Case]:
+    return [case(B, T, config.num_attention_heads, config.num_key_value_heads, config.head_dim, dtype, True, device)]
+
+
+SIZES = (64, 256, 1024, 2048)
+
+
+def of_size(size: int, dtype: torch.dtype, device: str) -> Case:
+    return case(1, size, 2, 1, 64, dtype, True, device)
 
 
 CASES = (
@@ -81,7 +128,9 @@ CASES = (
             (8, 256, 4, 4, 32),
             (4, 512, 8, 8, 64),
             (2, 1024, 8, 8, 64),
+            (1, 2048, 8, 8, 64),
             (1, 2048, 8, 1, 64),
+            (1, 4096, 8, 8, 64),
             (1, 2048, 6, 2, 128),
         )
     ]

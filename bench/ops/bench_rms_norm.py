@@ -1,3 +1,5 @@
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -11,10 +13,48 @@ def eager(x, weight, residual=None):
     return y if residual is None else (y, s)
 
 
-def liger():
-    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+def liger(residual: bool):
+    def load():
+        if residual:
+            from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
 
-    return lambda x, weight: LigerRMSNormFunction.apply(x, weight, 1e-6)
+            return lambda x, weight, residual: LigerFusedAddRMSNormFunction.apply(
+                x, residual, weight, 1e-6, 0.0, "llama", False
+            )
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+        return lambda x, weight: LigerRMSNormFunction.apply(x, weight, 1e-6, 0.0, "llama", False)
+
+    return load
+
+
+def flash_linear_attention():
+    from fla.modules.norm.layernorm import rms_norm
+
+    return lambda x, weight, residual=None: rms_norm(x, weight, None, residual, 1e-6, prenorm=residual is not None)
+
+
+def mamba_ssm():
+    from mamba_ssm.ops.triton.layer_norm import rms_norm_fn
+
+    return lambda x, weight, residual=None: rms_norm_fn(
+        x, weight, None, residual=residual, eps=1e-6, prenorm=residual is not None
+    )
+
+
+def transformers():
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    @functools.cache
+    def norm(cols):
+        return LlamaRMSNorm(cols, 1e-6)
+
+    def call(x, weight, residual=None):
+        s = x if residual is None else x + residual
+        y = torch.func.functional_call(norm(len(weight)), {"weight": weight}, (s,))
+        return y if residual is None else (y, s)
+
+    return call
 
 
 def case(rows: int, cols: int, dtype: torch.dtype, residual: bool, device: str = "cpu", short: bool = False) -> Case:
@@ -31,10 +71,26 @@ def case(rows: int, cols: int, dtype: torch.dtype, residual: bool, device: str =
     title = f"{rows}x{cols}{' + residual' if residual else ''} {name_of(dtype)}"
     # with a residual: x, residual, y, s; dy, ds, s, dx. Without: x, y; dy, x, dx
     moved = (4 * tensor, 4 * tensor) if residual else (2 * tensor, 3 * tensor)
-    peers = {"Liger": liger} if device == "cuda" and not residual else {}
+    flops = ((4 + residual) * rows * cols, (10 + residual) * rows * cols)
+    peers: dict = {"transformers": transformers}
+    if device == "cuda":
+        peers |= {"Liger": liger(residual), "flash-linear-attention": flash_linear_attention, "mamba-ssm": mamba_ssm}
+    facts = {"dtype": name_of(dtype), "width": cols, "residual": residual}
     return Case(
-        title, ops.rms_norm, eager, ops.rms_norm.reference, inputs, moved, peers=peers, device=device, short=short
-    )
+        title, ops.rms_norm, eager, ops.rms_norm.reference, inputs, moved, flops, peers=peers, facts=facts,
+        device=device, short=short,
+    )  # fmt: skip
+
+
+def of_model(config, B: int, T: int, dtype: torch.dtype, device: str) -> list[Case]:
+    return [case(B * T, config.hidden_size, dtype, residual, device) for residual in (False, True)]
+
+
+SIZES = (128, 1024, 4096, 16384, 65536)
+
+
+def of_size(size: int, dtype: torch.dtype, device: str) -> Case:
+    return case(64, size, dtype, True, device)
 
 
 CASES = [

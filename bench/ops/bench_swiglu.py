@@ -15,6 +15,15 @@ def liger():
     return lambda gate, up: LigerSiLUMulFunction.apply(gate, up)
 
 
+def flash_linear_attention():
+    from fla.modules.activations import swiglu
+
+    return lambda gate, up: swiglu(gate, up)
+
+
+GPU_PEERS = {"Liger": liger, "flash-linear-attention": flash_linear_attention}
+
+
 def case(rows: int, cols: int, dtype: torch.dtype, device: str = "cpu", short: bool = False) -> Case:
     def inputs(device):
         return {n: torch.randn(rows, cols, device=device).to(dtype).requires_grad_() for n in ("gate", "up")}
@@ -22,8 +31,21 @@ def case(rows: int, cols: int, dtype: torch.dtype, device: str = "cpu", short: b
     tensor = rows * cols * dtype.itemsize
     return Case(
         f"{rows}x{cols} {name_of(dtype)}", ops.swiglu, eager, ops.swiglu.reference, inputs, (3 * tensor, 5 * tensor),
-        peers={"Liger": liger} if device == "cuda" else {}, device=device, short=short,
+        (5 * rows * cols, 12 * rows * cols),
+        peers=GPU_PEERS if device == "cuda" else {}, facts={"dtype": name_of(dtype), "width": cols}, device=device,
+        short=short,
     )  # fmt: skip
+
+
+def of_model(config, B: int, T: int, dtype: torch.dtype, device: str) -> list[Case]:
+    return [case(B * T, config.intermediate_size, dtype, device)]
+
+
+SIZES = (128, 1024, 4096, 16384)
+
+
+def of_size(size: int, dtype: torch.dtype, device: str) -> Case:
+    return case(64, size, dtype, device)
 
 
 CASES = [

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bench.compile.record import ROOT
-from bench.timing import folder_name, machine
+from bench.machine import folder_name, machine
 
 if TYPE_CHECKING:
     from bench.tune.candidates import Slot, Values

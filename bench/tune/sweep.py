@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from bench.measure import forward_call, training_call
 from bench.ops import Case, Inputs
-from bench.run_ops import forward_call, leaves_of, outputs_of, training_call
+from bench.peers import leaves_of, outputs_of
 from bench.timing import interleaved
 from bench.tune.candidates import Slot, Values, tupled
 from bench.tune.places import injected
@@ -50,7 +51,7 @@ class Settings:
 def part_call(part: str, function: Callable[..., Any], inputs: Inputs) -> Callable[[], Any]:
     """The forward alone, both, or the backward alone, whose forward has run once."""
     if part == "forward":
-        return forward_call(function, inputs)
+        return forward_call(function, inputs, [])
     outputs = outputs_of(function, inputs)
     cotangents = [torch.randn_like(output) for output in outputs]
     if part == "both":

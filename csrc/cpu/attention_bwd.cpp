@@ -9,7 +9,7 @@
 //
 // B batch, H query heads, K key heads, G = H / K, Tq queries, Tk keys, D and Dv head sizes
 #include "cpu/attention.h"
-#include "cpu/attention_bwd_pack.h"
+#include "cpu/attention_bwd_amx.h"
 #include "cpu/parallel.h"
 
 namespace llmcore::LLMCORE_ISA {
@@ -171,10 +171,10 @@ void add_block(const Problem& p, const PackedItem<M>& x, const BwdTile<M>& w, in
 
 template <class M, class T>
 void add_tile(const Problem& p, const Operands& o, const PackedItem<M>& x, const BwdTile<M>& w, int64_t item, int first, float* dq) {
-    const int keys = int(least(p.Tk - first, block_keys));
+    const int keys = int(least(p.Tk - first, M::tile_keys));
     const int64_t d_stride = leading(p.D), dv_stride = leading(p.Dv);
-    fill_zero(w.dk, round_up(keys, tile_rows) * d_stride);
-    fill_zero(w.dv, round_up(keys, tile_rows) * dv_stride);
+    fill_zero(w.dk, M::padded_keys(keys) * d_stride);
+    fill_zero(w.dv, M::padded_keys(keys) * dv_stride);
     for (int64_t block = 0; block < p.blocks(); ++block) {
         if (p.meets(block, first, keys)) add_block(p, x, w, block, first, keys, dq);
     }
@@ -185,30 +185,34 @@ void add_tile(const Problem& p, const Operands& o, const PackedItem<M>& x, const
     }
 }
 
+template <class M, class T>
+void write_sums(M, const Problem& p, const float* sums, Row row, int rows, T* dq) {
+    for (int i = 0; i < rows; ++i, row.next()) {
+        write_scaled(sums + i * leading(p.D), p.scale, p.D, dq + p.output_row(row) * p.D);
+    }
+}
+
 // The splits' sums of a block, added in order and written.
-template <class T>
+template <class M, class T>
 void write_dq(const Problem& p, int64_t item, int64_t block, const Parts<QueryGradient>& sums, int64_t first_sum, int64_t splits,
               T* dq) {
-    const int64_t first = block * block_rows, stride = leading(p.D), rows = p.rows_of(block);
-    float* total = sums.at(first_sum).sum + first * stride;
+    const int64_t size = block_rows * leading(p.D);
+    float* total = sums.at(first_sum).sum + block * size;
     for (int64_t s = 1; s < splits; ++s) {
-        const float* more = sums.at(first_sum + s).sum + first * stride;
-        for (int64_t i = 0; i < rows * stride; i += VL) store(total + i, load(total + i) + load(more + i));
+        const float* more = sums.at(first_sum + s).sum + block * size;
+        for (int64_t i = 0; i < size; i += VL) store(total + i, load(total + i) + load(more + i));
     }
-    Row row = p.row(item, first);
-    for (int64_t i = 0; i < rows; ++i, row.next()) {
-        write_scaled(total + i * stride, p.scale, p.D, dq + p.output_row(row) * p.D);
-    }
+    write_sums(M{}, p, total, p.row(item, block * block_rows), p.rows_of(block), dq);
 }
 
 // The tiles [begin, end) of a split: shares of the (tile, block) pairs that meet as equal as whole tiles allow.
 struct Share {
     int64_t begin = 0, end = 0;
-    Share(const Problem& p, int64_t split, int64_t splits) {
-        const int64_t tiles = (p.Tk + block_keys - 1) / block_keys;
+    Share(const Problem& p, int64_t split, int64_t splits, int tile_keys) {
+        const int64_t tiles = (p.Tk + tile_keys - 1) / tile_keys;
         const auto cost = [&](int64_t tile) {
             int64_t n = 1;
-            for (int64_t block = 0; block < p.blocks(); ++block) n += p.meets(block, int(tile * block_keys), block_keys);
+            for (int64_t block = 0; block < p.blocks(); ++block) n += p.meets(block, int(tile * tile_keys), tile_keys);
             return n;
         };
         int64_t total = 0, before = 0;
@@ -224,7 +228,7 @@ struct Share {
 // With enough items each thread takes whole ones. Otherwise all are packed first and the threads share their tiles.
 template <class M, class T>
 void backward(const Problem& p, const Operands& o) {
-    const int64_t items = p.items(), blocks = p.blocks(), tiles = (p.Tk + block_keys - 1) / block_keys;
+    const int64_t items = p.items(), blocks = p.blocks(), tiles = (p.Tk + M::tile_keys - 1) / M::tile_keys;
     const int threads = worth_threads(p) ? max_threads() : 1;
     int64_t splits = 1;
     while (!is_balanced(items * splits, threads) && splits < least(tiles, 2 * threads)) ++splits;
@@ -236,16 +240,16 @@ void backward(const Problem& p, const Operands& o) {
 
     const auto add_tiles = [&](int64_t item, const Share& share, const PackedItem<M>& x, const BwdTile<M>& w, float* dq) {
         fill_zero(dq, blocks * block_rows * leading(p.D));
-        for (int64_t tile = share.begin; tile < share.end; ++tile) add_tile<M, T>(p, o, x, w, item, int(tile * block_keys), dq);
+        for (int64_t tile = share.begin; tile < share.end; ++tile) add_tile<M, T>(p, o, x, w, item, int(tile * M::tile_keys), dq);
     };
     if (whole) {
-        const Share all(p, 0, 1);
+        const Share all(p, 0, 1, M::tile_keys);
         parallel_dynamic(threads > 1, items, [&](int64_t item, int thread) {
             const PackedItem<M> x = packs.at(thread);
-            pack_keys<M, T>(p, o, item, 0, p.Tk, x);
+            pack_keys<T>(p, o, item, 0, p.Tk, x);
             for (int64_t block = 0; block < blocks; ++block) pack_block<M, T>(p, o, item, block, packing.at(thread), x);
             add_tiles(item, all, x, work.at(thread), sums.at(thread).sum);
-            for (int64_t block = 0; block < blocks; ++block) write_dq(p, item, block, sums, thread, 1, (T*)o.dq);
+            for (int64_t block = 0; block < blocks; ++block) write_dq<M>(p, item, block, sums, thread, 1, (T*)o.dq);
         });
         return;
     }
@@ -255,14 +259,14 @@ void backward(const Problem& p, const Operands& o) {
         if (part < blocks) {
             pack_block<M, T>(p, o, item, part, packing.at(thread), packs.at(item));
         } else {
-            pack_keys<M, T>(p, o, item, begin, least(begin + pack_share, p.Tk), packs.at(item));
+            pack_keys<T>(p, o, item, begin, least(begin + pack_share, p.Tk), packs.at(item));
         }
     });
     parallel_dynamic(true, items * splits, [&](int64_t i, int thread) {
-        add_tiles(i / splits, Share(p, i % splits, splits), packs.at(i / splits), work.at(thread), sums.at(i).sum);
+        add_tiles(i / splits, Share(p, i % splits, splits, M::tile_keys), packs.at(i / splits), work.at(thread), sums.at(i).sum);
     });
     parallel_dynamic(true, items * blocks, [&](int64_t i, int) {
-        write_dq(p, i / blocks, i % blocks, sums, i / blocks * splits, splits, (T*)o.dq);
+        write_dq<M>(p, i / blocks, i % blocks, sums, i / blocks * splits, splits, (T*)o.dq);
     });
 }
 

@@ -12,6 +12,8 @@ struct Operands {
     void *dq, *dk, *dv;
 };
 
+constexpr int most_padding = 32;  // rows that end the last tile of keys
+
 // An item's operands. "columns": transposed, the vector side of scores; "rows": the vector side of sums over queries (or over
 // keys, for k); "words": the broadcast side.
 template <class M>
@@ -23,13 +25,13 @@ struct PackedItem {
 
     void place(Layout& layout, const Problem& p) {
         const int64_t blocks = p.blocks(), rows = blocks * block_rows;
-        q_columns = layout.take<Word>(rows * p.D / M::per_word);
+        q_columns = layout.take<Word>(rows * M::words(p.D));
         q_rows = layout.take<Word>(rows / M::per_word * leading(p.D));
-        dout_columns = layout.take<Word>(rows * p.Dv / M::per_word);
+        dout_columns = layout.take<Word>(rows * M::words(p.Dv));
         dout_rows = layout.take<Word>(rows / M::per_word * leading(p.Dv));
-        k_words = layout.take<Word>((p.Tk + tile_rows) * leading(p.D / M::per_word));
-        k_rows = M::per_word == 1 ? k_words : layout.take<Word>((p.Tk + 1) / 2 * leading(p.D));
-        v_words = layout.take<Word>((p.Tk + tile_rows) * leading(p.Dv / M::per_word));
+        k_words = layout.take<Word>((p.Tk + most_padding) * leading(p.D / M::per_word));
+        k_rows = M::per_word == 1 ? k_words : layout.take<Word>((p.Tk + most_padding) / 2 * leading(p.D));
+        v_words = layout.take<Word>((p.Tk + most_padding) * leading(p.Dv / M::per_word));
         lse = layout.take<float>(rows);
         delta = layout.take<float>(rows);
         range = layout.take<BlockRange>(blocks);
@@ -84,16 +86,19 @@ void pack_queries(Bf16Pairs m, const Problem& p, const Operand& x, Row row, int 
 
 // dout_i . out_i, summed in the same order as the products dout_i . v_j: for a row that sees one key, whose out is v_j, they are
 // then equal and ds is exactly 0.
-template <class M>
-void set_delta(const typename M::Word* dout_columns, const typename M::Word* out_columns, int64_t words, int rows, float* delta) {
+template <class T, class M>
+void set_delta(M m, const Problem& p, const Operand& out, Row row, int rows, const BwdPacking<M>& w,
+               const typename M::Word* dout_columns, float* delta) {
     using Words = typename M::Words;
+    const int64_t words = p.Dv / M::per_word;
+    pack_queries<T>(m, p, out, row, rows, p.Dv, w.words, w.out_columns, w.out_rows);
     for (int i = 0; i < rows; i += VL) {
         vf sum = zero();
         for (int64_t from = 0; from < words; from += sum_part(words)) {
             vf part = zero();
             for (int64_t k = from; k < least(from + sum_part(words), words); ++k) {
                 const int64_t at = k * block_rows + i;
-                part = multiply_add(load_bits<Words>(out_columns + at), load_bits<Words>(dout_columns + at), part);
+                part = multiply_add(load_bits<Words>(w.out_columns + at), load_bits<Words>(dout_columns + at), part);
             }
             sum += part;
         }
@@ -103,17 +108,17 @@ void set_delta(const typename M::Word* dout_columns, const typename M::Word* out
 
 template <class M, class T>
 void pack_block(const Problem& p, const Operands& x, int64_t item, int64_t block, const BwdPacking<M>& w, const PackedItem<M>& to) {
-    const int64_t first = block * block_rows, dv_words = p.Dv / M::per_word;
+    const int64_t first = block * block_rows;
+    typename M::Word* dout_columns = to.dout_columns + first * M::words(p.Dv);
     const int rows = p.rows_of(block);
     Row row = p.row(item, first);
     to.range[block].set(p, row, rows);
-    pack_queries<T>(M{}, p, x.q, row, rows, p.D, w.words, to.q_columns + first * p.D / M::per_word,
+    pack_queries<T>(M{}, p, x.q, row, rows, p.D, w.words, to.q_columns + first * M::words(p.D),
                     to.q_rows + first / M::per_word * leading(p.D));
-    pack_queries<T>(M{}, p, x.dout, row, rows, p.Dv, w.words, to.dout_columns + first * dv_words,
+    pack_queries<T>(M{}, p, x.dout, row, rows, p.Dv, w.words, dout_columns,
                     to.dout_rows + first / M::per_word * leading(p.Dv));
-    pack_queries<T>(M{}, p, x.out, row, rows, p.Dv, w.words, w.out_columns, w.out_rows);
     float *lse = to.lse + first, *delta = to.delta + first;
-    set_delta<M>(to.dout_columns + first * dv_words, w.out_columns, dv_words, rows, delta);
+    set_delta<T>(M{}, p, x.out, row, rows, w, dout_columns, delta);
     for (int i = 0; i < rows; ++i, row.next()) {
         const int64_t at = p.lse_index(row);
         const bool seeing = x.lse[at] != -infinity;
@@ -127,7 +132,7 @@ void pack_block(const Problem& p, const Operands& x, int64_t item, int64_t block
 }
 
 // Keys [begin, end) of an item; begin is even.
-template <class M, class T>
+template <class T, class M>
 void pack_keys(const Problem& p, const Operands& x, int64_t item, int64_t begin, int64_t end, const PackedItem<M>& to) {
     const T *k = p.keys<T>(x.k, item), *v = p.keys<T>(x.v, item);
     pack_broadcast_keys(M{}, k, x.k.stride_t, begin, end, end == p.Tk, p.D, to.k_words);

@@ -106,7 +106,7 @@ template <class T>
 void attend_few(const Problem& p, const Operand& q, const Operand& k, const Operand& v, T* out, float* lse) {
     const int threads = worth_threads(p) ? max_threads() : 1, rows = int(p.rows());
     const Parts<FewBlock> work(p, threads);
-    attend_blocks(p, threads, out, lse, [&](int64_t item, int64_t, int begin, int end, const Partial& partial, int thread) {
+    attend_blocks<Floats>(p, threads, out, lse, [&](int64_t item, int64_t, int begin, int end, const Partial& partial, int thread) {
         const FewBlock w = work.at(thread);
         Row row = p.row(item, 0);
         for (int r = 0; r < rows; ++r, row.next()) pack_row(Floats{}, p.query<T>(q, row), p.D, w.q + r * leading(p.D));

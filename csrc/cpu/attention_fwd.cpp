@@ -8,6 +8,7 @@
 #include "cpu/attention.h"
 
 #include "cpu/attention_few.h"
+#include "cpu/attention_fwd_amx.h"
 
 namespace llmcore::LLMCORE_ISA {
 namespace {
@@ -39,7 +40,7 @@ struct AllKeys : PackedKeys<M> {
 
 template <class M>
 struct TileKeys : PackedKeys<M> {
-    void place(Layout& layout, const Problem& p) { this->take(layout, p, block_keys); }
+    void place(Layout& layout, const Problem& p) { this->take(layout, p, M::tile_keys); }
 };
 
 // One thread's block of queries.
@@ -57,6 +58,10 @@ struct FwdBlock {
         rescale = layout.take<float>(block_rows);
         range = layout.take<BlockRange>(1);
     }
+    void begin(const Problem&) const {
+        for (int i = 0; i < block_rows; ++i) rescale[i] = 1.0f;
+    }
+    void end(const Problem&, const Partial&, int) const {}
 };
 
 template <int N>
@@ -160,12 +165,13 @@ void attend_block(const Problem& p, const Operand& q, const FwdBlock<M>& w, int6
         for (int i = 0; i < p.rows_of(block + 1); ++i, row.next()) prefetch_row(p.query<T>(q, row), p.D);
     }
     fill_zero(w.q_rows + rows * q_stride, (columns - rows) * q_stride);
-    pack_transposed(w.q_rows, q_stride, columns, p.D / M::per_word, w.q);
-    for (int i = 0; i < block_rows; ++i) w.rescale[i] = 1.0f;
-    for (int first = begin; first < end; first += block_keys) {
-        const int keys = int(least(end - first, block_keys));
+    pack_transposed(w.q_rows, q_stride, columns, M::words(p.D), w.q);
+    w.begin(p);
+    for (int first = begin; first < end; first += M::tile_keys) {
+        const int keys = int(least(end - first, M::tile_keys));
         attend_tile(p, tile(first, keys), w, partial, rows, first, keys);
     }
+    w.end(p, partial, rows);
 }
 
 // With enough items each thread takes whole ones. Otherwise the threads share their blocks: one block an item packs its keys as it
@@ -176,7 +182,7 @@ void attend(const Problem& p, const Operand& q, const Operand& k, const Operand&
     const Parts<FwdBlock<M>> work(p, threads);
     if (p.blocks() == 1) {
         const Parts<TileKeys<M>> tiles(p, threads);
-        attend_blocks(p, threads, out, lse,
+        attend_blocks<M>(p, threads, out, lse,
                       [&](int64_t item, int64_t block, int begin, int end, const Partial& partial, int thread) {
                           TileKeys<M> packed = tiles.at(thread);
                           attend_block(p, q, work.at(thread), item, block, begin, end, partial, out, [&](int first, int keys) {
@@ -198,7 +204,7 @@ void attend(const Problem& p, const Operand& q, const Operand& k, const Operand&
             packed.template pack<T>(p, k, v, item, 0, p.Tk, true);
             for (int64_t block = 0; block < p.blocks(); ++block) {
                 partial.clear(p, p.rows_of(block));
-                attend_block(p, q, w, item, block, p.block_lo(block) & ~1, p.block_hi(block), partial, out,
+                attend_block(p, q, w, item, block, p.block_lo(block) & -M::key_step, p.block_hi(block), partial, out,
                              [&](int, int) { return packed; });
                 partial.write(p, item, block, out, lse);
             }
@@ -210,7 +216,7 @@ void attend(const Problem& p, const Operand& q, const Operand& k, const Operand&
         const int64_t item = i / shares, begin = i % shares * pack_share, end = least(begin + pack_share, p.Tk);
         packs.at(item).template pack<T>(p, k, v, item, begin, end, end == p.Tk);
     });
-    attend_blocks(p, threads, out, lse,
+    attend_blocks<M>(p, threads, out, lse,
                   [&](int64_t item, int64_t block, int begin, int end, const Partial& partial, int thread) {
                       const AllKeys<M> packed = packs.at(item);
                       attend_block(p, q, work.at(thread), item, block, begin, end, partial, out, [&](int, int) { return packed; });

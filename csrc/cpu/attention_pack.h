@@ -2,6 +2,7 @@
 #pragma once
 
 #include <new>
+#include <type_traits>
 
 #include "cpu/attention_problem.h"
 
@@ -62,7 +63,12 @@ template <class T>
 struct Products {
     using type = Floats;
 };
-#if defined(LLMCORE_BF16_PAIRS)
+#if defined(LLMCORE_TILES)
+template <>
+struct Products<bf16_t> {
+    using type = Bf16Tiles;
+};
+#elif defined(LLMCORE_BF16_PAIRS)
 template <>
 struct Products<bf16_t> {
     using type = Bf16Pairs;
@@ -83,8 +89,11 @@ LLMCORE_INLINE void pack_row(Floats, const T* from, int64_t n, float* to) {
 }
 
 LLMCORE_INLINE void pack_row(Bf16Pairs, const bf16_t* from, int64_t n, uint32_t* to) {
-    __builtin_memcpy(to, from, std::size_t(n) * 2);
-    for (int64_t i = n / 2; i < vectors(n / 2) * VL; ++i) to[i] = 0;
+    int64_t i = 0;
+    for (; i + 2 * VL <= n; i += 2 * VL) store_bits(to + i / 2, load_bits<vu>(from + i));
+    if (i == n) return;
+    __builtin_memcpy(to + i / 2, from + i, std::size_t(n - i) * 2);
+    fill_zero(to + n / 2, vectors(n / 2) * VL - n / 2);
 }
 
 // Two rows of n elements (the second null: zeros) as one row of n words.
@@ -103,11 +112,11 @@ LLMCORE_INLINE void write_scaled(const float* from, float factor, int64_t n, T* 
     if (i < n) store(to + i, load(from + i) * factor, int(n - i));
 }
 
-// The words of `rows` rows (a multiple of 4, as is `words`), transposed: to[word][row], block_rows apart.
+// The words of `rows` rows (a multiple of VL; `words` of 4), transposed: to[word][row], block_rows apart.
 template <class W>
 LLMCORE_INLINE void pack_transposed(const W* from, int64_t stride, int64_t rows, int64_t words, W* to) {
-    for (int64_t r = 0; r < rows; r += 4)
-        for (int64_t w = 0; w < words; w += 4) transpose_4x4(from + r * stride + w, stride, to + w * block_rows + r, block_rows);
+    for (int64_t r = 0; r < rows; r += VL)
+        for (int64_t w = 0; w < words; w += 4) transpose_to_vectors(from + r * stride + w, stride, to + w * block_rows + r, block_rows);
 }
 
 // Rows lie far apart: the processor does not foresee them.

@@ -54,10 +54,10 @@ struct Partial {
 };
 
 // attend(item, block, begin, end, partial, thread) adds the keys [begin, end) to a cleared partial, for all blocks of all items,
-// those that see most keys first. Where blocks are too few for the threads their keys are split; begin is even.
-template <class T, class F>
+// those that see most keys first. Where blocks are too few for the threads their keys are split; begin is a multiple of M::key_step.
+template <class M, class T, class F>
 void attend_blocks(const Problem& p, int threads, T* out, float* lse, const F& attend) {
-    const int64_t blocks = p.blocks(), units = p.items() * blocks, pieces = (p.Tk + block_keys - 1) / block_keys;
+    const int64_t blocks = p.blocks(), units = p.items() * blocks, pieces = (p.Tk + M::tile_keys - 1) / M::tile_keys;
     int64_t splits = 1;
     while (!is_balanced(units * splits, threads) && 2 * splits < pieces && splits < 2 * threads) ++splits;
     const Parts<Partial> partials(p, splits == 1 ? threads : units * splits);
@@ -65,10 +65,10 @@ void attend_blocks(const Problem& p, int threads, T* out, float* lse, const F& a
         const int64_t split = i % splits, block = blocks - 1 - i / splits % blocks, item = i / splits / blocks;
         const Partial partial = partials.at(splits == 1 ? thread : i);
         partial.clear(p, p.rows_of(block));
-        const int first = p.block_lo(block) & ~1, last = p.block_hi(block);
-        const int64_t tiles = (last - first + block_keys - 1) / block_keys;
-        const int begin = first + int(tiles * split / splits) * block_keys;
-        const int end = split + 1 == splits ? last : first + int(tiles * (split + 1) / splits) * block_keys;
+        const int first = p.block_lo(block) & -M::key_step, last = p.block_hi(block);
+        const int64_t tiles = (last - first + M::tile_keys - 1) / M::tile_keys;
+        const int begin = first + int(tiles * split / splits) * M::tile_keys;
+        const int end = split + 1 == splits ? last : first + int(tiles * (split + 1) / splits) * M::tile_keys;
         attend(item, block, begin, end, partial, thread);
         if (splits == 1) partial.write(p, item, block, out, lse);
     });

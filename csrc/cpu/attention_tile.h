@@ -10,6 +10,7 @@
 #pragma once
 
 #include "cpu/simd.h"
+#include "cpu/tiles_amx.h"
 
 namespace llmcore::LLMCORE_ISA {
 namespace {
@@ -28,12 +29,24 @@ struct Floats {
     using Word = float;
     using Words = vf;
     static constexpr int per_word = 1;
+    static constexpr int tile_keys = block_keys, key_step = 2;  // of a tile of keys; its first key is a multiple of key_step
+    static constexpr int padded_keys(int n) { return round_up(n, tile_rows); }
+    static constexpr int64_t words(int64_t n) { return n; }  // of n elements, where they are summed over
 };
 
 struct Bf16Pairs {
     using Word = uint32_t;  // the even element in the low half
     using Words = vu;
     static constexpr int per_word = 2;
+    static constexpr int tile_keys = block_keys, key_step = 2;
+    static constexpr int padded_keys(int n) { return round_up(n, tile_rows); }
+    static constexpr int64_t words(int64_t n) { return n / 2; }
+};
+
+struct Bf16Tiles : Bf16Pairs {  // of AMX: attention_amx.h
+    static constexpr int tile_keys = 256, key_step = 32;
+    static constexpr int padded_keys(int n) { return round_up(n, 32); }
+    static constexpr int64_t words(int64_t n) { return (n / 2 + 15) / 16 * 16; }
 };
 
 LLMCORE_INLINE vf multiply_add(vf a, vf b, vf c) { return fmadd(a, b, c); }
@@ -62,6 +75,17 @@ LLMCORE_INLINE vh round_to_bf16(vf x) {
 
 LLMCORE_INLINE vu bf16_pairs(vh even, vh odd) {
     return __builtin_convertvector(even, vu) | (__builtin_convertvector(odd, vu) << 16);
+}
+
+LLMCORE_INLINE vu round_to_pairs(vf even, vf odd) {
+#if defined(LLMCORE_AVX512) && defined(__AVX512BF16__)
+    alignas(64) static constexpr uint16_t alternate[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+    return (vu)_mm512_permutexvar_epi16(load_bits<__m512i>(alternate), halves);
+#else
+    return bf16_pairs(round_to_bf16(even), round_to_bf16(odd));
+#endif
 }
 
 template <int N>

@@ -1,7 +1,8 @@
 // The Python module llmcore._cpu: the kernels of the best instruction-set level that was compiled and that this
 // processor runs. LLMCORE_CPU_ISA names another one. LLMCORE_LEVELS, from the build, is X(level) for each compiled
-// level, worst first.
+// level, as a rule worst first.
 #include <cstdlib>
+#include <utility>
 #include <vector>
 
 #include "common/bind.h"
@@ -26,12 +27,16 @@ struct Level {
     const Kernels* kernels;
 };
 
+// Worst first.
 std::vector<Level> runnable_levels(const Processor& processor) {
     std::vector<Level> levels;
 #define X(level) \
     if (processor.runs(#level)) levels.push_back({#level, &level::kernels});
     LLMCORE_LEVELS
 #undef X
+    for (std::size_t i = 1; i < levels.size(); ++i) {
+        if (processor.slow_bf16_dot && levels[i].name == "avx512_bf16") std::swap(levels[i - 1], levels[i]);
+    }
     return levels;
 }
 

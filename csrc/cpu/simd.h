@@ -389,5 +389,28 @@ LLMCORE_INLINE void transpose_4x4(const void* from, int64_t from_stride, void* t
     store_bits(q + 3 * to_stride, LLMCORE_SHUFFLE(ab_high, cd_high, 2, 3, 6, 7));
 }
 
+// VL rows of 4 words at `from`, transposed, to 4 vectors at `to`
+LLMCORE_INLINE void transpose_to_vectors(const void* from, int64_t from_stride, void* to, int64_t to_stride) {
+    const int32_t* p = (const int32_t*)from;
+    int32_t* q = (int32_t*)to;
+#if defined(LLMCORE_AVX512)
+    const auto rows = [&](int i) {  // i, i + 4, i + 8, i + 12
+        const auto row = [&](int j) { return _mm_loadu_si128((const __m128i*)(p + (i + 4 * j) * from_stride)); };
+        const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(row(0)), row(1), 1);
+        const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(row(2)), row(3), 1);
+        return _mm512_maskz_inserti64x4(0xff, _mm512_castsi256_si512(low), high, 1);
+    };
+    const __m512i a = rows(0), b = rows(1), c = rows(2), d = rows(3);
+    const __m512i ab = _mm512_maskz_unpacklo_epi32(0xffff, a, b), cd = _mm512_maskz_unpacklo_epi32(0xffff, c, d);
+    const __m512i ab_high = _mm512_maskz_unpackhi_epi32(0xffff, a, b), cd_high = _mm512_maskz_unpackhi_epi32(0xffff, c, d);
+    store_bits(q, _mm512_maskz_unpacklo_epi64(0xff, ab, cd));
+    store_bits(q + to_stride, _mm512_maskz_unpackhi_epi64(0xff, ab, cd));
+    store_bits(q + 2 * to_stride, _mm512_maskz_unpacklo_epi64(0xff, ab_high, cd_high));
+    store_bits(q + 3 * to_stride, _mm512_maskz_unpackhi_epi64(0xff, ab_high, cd_high));
+#else
+    for (int i = 0; i < VL; i += 4) transpose_4x4(p + i * from_stride, from_stride, q + i, to_stride);
+#endif
+}
+
 }  // namespace
 }  // namespace llmcore::LLMCORE_ISA

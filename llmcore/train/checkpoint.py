@@ -1,7 +1,8 @@
 """A checkpoint is a directory that is either whole or not there.
 
     step_100/model.safetensors, config.json   the model, as llmcore.models.save and load write and read it
-    step_100/optimizer.safetensors            AdamW's state, one tensor per parameter and moment
+    step_100/optimizer.safetensors            the optimizer's state, one tensor per parameter and moment
+    step_100/ema/                             the average of the weights, a model of its own, where the run keeps one
     step_100/meta.json                        step, seconds, configuration, commit, versions, SHA-256 of text and files
 
 It is written to step_100.tmp, flushed to the disk and renamed; it is verified before it is read; nothing is unpickled.
@@ -14,6 +15,7 @@ import platform
 import re
 import shutil
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,11 @@ from torch import nn
 
 from llmcore import models
 from llmcore._version import __version__
+from llmcore.train.average import Average
+from llmcore.train.best import Best
+from llmcore.train.optimizer import Optimizers
 
-META, OPTIMIZER = "meta.json", "optimizer.safetensors"
+META, OPTIMIZER, EMA = "meta.json", "optimizer.safetensors", "ema"
 
 
 class CheckpointError(ValueError):
@@ -37,9 +42,11 @@ def save_checkpoint(
     step: int,
     seconds: float,
     model: models.Decoder,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizers,
     config: dict[str, Any],
     text: dict[str, Any],
+    average: Average | None = None,
+    best: Best | None = None,
 ) -> Path:
     """Write run/step_N. One process only calls this; the others wait."""
     final, temporary = run / f"step_{step}", run / f"step_{step}.tmp"
@@ -47,18 +54,26 @@ def save_checkpoint(
     temporary.mkdir(parents=True)
     models.save(model, temporary)
     save_file(_optimizer_tensors(model, optimizer), temporary / OPTIMIZER)
-    files = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(temporary.iterdir())}
+    if average is not None:
+        with average.applied(model):
+            models.save(model, temporary / EMA)
+    written = sorted(path for path in temporary.rglob("*") if path.is_file())
+    files = {
+        file.relative_to(temporary).as_posix(): {"size": file.stat().st_size, "sha256": _sha256(file)}
+        for file in written
+    }
     meta = {
         "step": step,
         "seconds": seconds,
         "config": config,
         "text": text,
+        "best": asdict(best or Best()),
         "git_commit": git_commit(),
         "versions": {"llmcore": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "files": files,
     }
     (temporary / META).write_text(json.dumps({**meta, "sha256": _sha256_of(meta)}, indent=1) + "\n")
-    for path in [*temporary.iterdir(), temporary]:
+    for path in [*temporary.rglob("*"), temporary]:
         _flush(path)
     os.rename(temporary, final)
     _flush(run)
@@ -104,9 +119,14 @@ def require_model(checkpoint: Path, config: models.ModelConfig) -> None:
             raise CheckpointError(f"{checkpoint} holds a model with {name}={value}; this run asks for {asked}.")
 
 
-def load_checkpoint(checkpoint: Path, model: models.Decoder, optimizer: torch.optim.Optimizer) -> None:
-    """Put a verified checkpoint of the same model into `model` and `optimizer`."""
+def load_checkpoint(
+    checkpoint: Path, model: models.Decoder, optimizer: Optimizers, average: Average | None = None
+) -> None:
+    """Put a verified checkpoint of the same model into `model`, `optimizer` and `average`, which where the checkpoint
+    has none starts from the weights."""
     model.load_state_dict(models.load(checkpoint).state_dict())
+    if average is not None:
+        average.load(models.load(checkpoint / EMA if (checkpoint / EMA).is_dir() else checkpoint).state_dict())
     parameters = dict(model.named_parameters())
     with safe_open(checkpoint / OPTIMIZER, framework="pt") as file:
         names = list(file.keys())
@@ -115,7 +135,12 @@ def load_checkpoint(checkpoint: Path, model: models.Decoder, optimizer: torch.op
         for name in names:
             parameter, _, moment = name.rpartition(".")
             owner = parameters[parameter]
-            optimizer.state[owner][moment] = file.get_tensor(name).to(owner.device)
+            if moment not in optimizer.moments_of(owner):
+                raise CheckpointError(
+                    f"{checkpoint / OPTIMIZER} holds the state of another optimizer: {moment} of {parameter}; "
+                    "resume with the optimizer.kind it was trained with."
+                )
+            optimizer.state_of(owner)[moment] = file.get_tensor(name).to(owner.device)
 
 
 def checkpoints(run: Path) -> dict[int, Path]:
@@ -137,6 +162,24 @@ def newest_checkpoint(run: Path) -> Path | None:
     return None
 
 
+def point(run: Path, name: str, step: int) -> None:
+    """Let run/name, such as run/best, be another name of a checkpoint."""
+    link = run / f"{name}.tmp"
+    link.unlink(missing_ok=True)
+    link.symlink_to(f"step_{step}", target_is_directory=True)
+    link.replace(run / name)
+
+
+def tidy(run: Path, keep: int | None, best: Best) -> None:
+    """Delete all but the newest `keep` checkpoints and the best one, which gets the name run/best."""
+    found = checkpoints(run)
+    for step in sorted(found)[: -keep if keep else 0]:
+        if step != best.step:
+            shutil.rmtree(found[step].rename(found[step].with_suffix(".tmp")))
+    if best.step in found:
+        point(run, "best", best.step)
+
+
 def git_commit() -> str | None:
     """The commit of the source in use, or None where it is not in a git checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
@@ -146,11 +189,11 @@ def git_commit() -> str | None:
         return None
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _optimizer_tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, torch.Tensor]:
     return {
         f"{name}.{moment}": value.contiguous()
         for name, parameter in model.named_parameters()
-        for moment, value in optimizer.state[parameter].items()
+        for moment, value in optimizer.state_of(parameter).items()
     }
 
 

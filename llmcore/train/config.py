@@ -23,18 +23,26 @@ class DataConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW; the learning rate rises linearly, then follows a cosine over the run."""
+    """The optimizer and its schedule: the learning rate rises linearly, then follows `schedule` over the run."""
 
+    kind: Literal["adamw", "adam", "muon"] = "adamw"
+    """AdamW; Adam, whose decay is part of the gradient; or Muon for the layers' matrices and AdamW for the rest."""
     lr: float = 3e-3
     """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "polynomial", "constant", "wsd"] = "cosine"
+    """How it falls: wsd (warm-up, stable, decay) is constant until the last decay_ratio of the run, then linear."""
     final_lr_ratio: float = 0.02
-    """Learning rate at the end, as a share of the peak."""
+    """Learning rate at the end, as a share of the peak; constant ignores it."""
+    power: float = 2.0
+    """Exponent of the polynomial schedule; 1 is linear."""
+    decay_ratio: float = 0.2
+    """Share of the run in which wsd falls."""
     warmup_steps: int = 100
     """Steps in which the learning rate rises from zero."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of matrices and embeddings; vectors have none."""
+    """Decay of matrices and embeddings; vectors have none."""
     beta1: float = 0.9
-    """Decay of the gradient's running mean, per step."""
+    """Decay of the gradient's running mean, per step; also Muon's momentum."""
     beta2: float = 0.98
     """Decay of the squared gradient's running mean, per step."""
     grad_clip: float = 1.0
@@ -73,6 +81,8 @@ class TrainConfig:
     """Tokens per sequence."""
     max_steps: int | None = 1500
     """Stop after this many steps; null is no limit."""
+    epochs: float | None = None
+    """Stop after this many passes over the training text, instead of after max_steps."""
     max_seconds: float | None = None
     """Stop after this many seconds of training, validations and checkpoints aside; null is no limit. The schedule
     follows whichever limit is nearer; where that is the time, a run cannot be repeated exactly."""
@@ -90,8 +100,16 @@ class TrainConfig:
     """Held-out tokens in a validation."""
     final_eval_tokens: int = 524288
     """Held-out tokens in the last validation."""
+    patience: int | None = None
+    """Stop when this many validations in a row are no better than the best before them; null never does."""
+    max_skipped: int = 10
+    """Stop after this many steps in a row whose gradient is not finite; such steps are not made, and counted."""
     checkpoint_interval: int = 500
-    """Steps between two checkpoints; 0 saves at the end only."""
+    """Steps between two checkpoints; 0 saves at the end, and after a validation that is the best so far, only."""
+    keep_checkpoints: int | None = 3
+    """Keep this many of the newest checkpoints, and the best; null keeps all."""
+    ema_decay: float = 0.0
+    """Per step, of an average of the weights, which is then what is validated and sampled from; 0 keeps none."""
     out_dir: str = "runs"
     """Folder of all runs."""
     name: str | None = None
@@ -114,6 +132,7 @@ class TrainConfig:
             ("micro_batch_size", self.micro_batch_size, 1, None),
             ("seq_len", self.seq_len, 1, None),
             ("max_steps", self.max_steps, 1, None),
+            ("epochs", self.epochs, 0, None),
             ("max_seconds", self.max_seconds, 1, None),
             ("num_gpus", self.num_gpus, 1, None),
             ("seed", self.seed, 0, 2**63 - 1),
@@ -121,9 +140,15 @@ class TrainConfig:
             ("eval_interval", self.eval_interval, 0, None),
             ("eval_tokens", self.eval_tokens, 1, None),
             ("final_eval_tokens", self.final_eval_tokens, 1, None),
+            ("patience", self.patience, 1, None),
+            ("max_skipped", self.max_skipped, 1, None),
             ("checkpoint_interval", self.checkpoint_interval, 0, None),
+            ("keep_checkpoints", self.keep_checkpoints, 1, None),
+            ("ema_decay", self.ema_decay, 0, 0.999999),
             ("optimizer.lr", self.optimizer.lr, 0, None),
             ("optimizer.final_lr_ratio", self.optimizer.final_lr_ratio, 0, 1),
+            ("optimizer.power", self.optimizer.power, 0, None),
+            ("optimizer.decay_ratio", self.optimizer.decay_ratio, 0, 1),
             ("optimizer.warmup_steps", self.optimizer.warmup_steps, 0, None),
             ("optimizer.weight_decay", self.optimizer.weight_decay, 0, None),
             ("optimizer.beta1", self.optimizer.beta1, 0, 0.99999),
@@ -139,8 +164,14 @@ class TrainConfig:
             if not low <= value <= (math.inf if high is None else high) or value == math.inf:
                 allowed = f"at least {low}" if high is None else f"from {low} to {high}"
                 raise ConfigError(f"{name} is {value}; allowed is {allowed}.")
-        if self.max_steps is None and self.max_seconds is None:
-            raise ConfigError("max_steps and max_seconds are both null; at least one of them must limit the run.")
+        if self.max_steps is None and self.epochs is None and self.max_seconds is None:
+            raise ConfigError(
+                "max_steps, epochs and max_seconds are all null; at least one of them must limit the run."
+            )
+        if self.epochs == 0:
+            raise ConfigError("epochs is 0; allowed is more than 0.")
+        if self.patience is not None and not self.eval_interval:
+            raise ConfigError(f"patience is {self.patience}, but eval_interval is 0, so that nothing is validated.")
         if self.sample.top_p == 0:
             raise ConfigError("sample.top_p is 0; allowed is more than 0, up to 1.")
         for name, text in (
@@ -154,6 +185,12 @@ class TrainConfig:
                 raise ConfigError(f"{name} is {ascii(text)}; allowed is text that UTF-8 can encode.")
         if not self.sample.prompt and self.sample.tokens:
             raise ConfigError("sample.prompt is empty; a sample needs at least one character to continue.")
+
+    def steps(self, train_tokens: int) -> int | None:
+        """The limit in steps, of a text of so many tokens."""
+        if self.epochs is None:
+            return self.max_steps
+        return math.ceil(self.epochs * train_tokens / (self.batch_size * self.seq_len))
 
     def micro_batches(self, world_size: int) -> tuple[int, int]:
         """(size, count) of the forward passes of one process in a step."""

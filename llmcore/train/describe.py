@@ -15,11 +15,12 @@ def describe(config: TrainConfig, corpus: Corpus, world_size: int, device: torch
     size, count = config.micro_batches(world_size)
     tokens = config.batch_size * config.seq_len
     limits = []
-    if config.max_steps is not None:
-        limits.append(f"{config.max_steps:,} steps = {config.max_steps * tokens / corpus.train.size:.2f} epochs")
+    steps = config.steps(corpus.train.size)
+    if steps is not None:
+        limits.append(f"{steps:,} steps = {steps * tokens / corpus.train.size:.2f} epochs")
     if config.max_seconds is not None:
         limits.append(f"{config.max_seconds:g} s")
-    weights = model.num_parameters() * BYTES_PER_PARAMETER
+    weights = model.num_parameters() * (BYTES_PER_PARAMETER + (4 if config.ema_decay else 0))
     activations = saved_for_backward(model, size, config.seq_len, device, bf16)
     return "\n".join(
         [

@@ -21,9 +21,11 @@ SECONDS_BETWEEN_LINES = 5  # where each of them stays
 
 @dataclass(frozen=True)
 class Reading:
-    """Mean loss (nats per token) over steps and ranks, and the speed of all ranks together."""
+    """Mean loss (nats per token) over steps and ranks, the last gradient's norm before it was clipped, and the speed of
+    all ranks together. Steps whose loss is not finite do not count, unless all are."""
 
     loss: float
+    grad_norm: float
     tokens_per_second: float
     tflops: float
 
@@ -36,22 +38,30 @@ class Meter:
 
     def __init__(self, tokens_per_step: int, flops_per_token: float) -> None:
         self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
-        self.loss = torch.zeros(())
+        self.loss = self.norm = torch.zeros(())
+        self.finite = torch.zeros(())
         self.steps = 0
         self.began = time.perf_counter()
         self.seconds_paused = 0.0  # in all
 
-    def add(self, loss: Tensor) -> None:
-        """One step's loss on this rank."""
-        self.loss = self.loss + loss.detach()
+    def add(self, loss: Tensor, norm: Tensor) -> None:
+        """One step's loss on this rank, and the norm of its gradient."""
+        finite = loss.detach().isfinite()
+        self.loss = self.loss + torch.where(finite, loss.detach(), 0.0)
+        self.finite = self.finite + finite
+        self.norm = norm
         self.steps += 1
 
     def read(self, world: World) -> Reading:
         """All ranks must call it."""
-        loss = (world.sum(self.loss) / (self.steps * world.size)).item()  # waits for the device, so the time is honest
+        total, counted = world.sum(torch.stack([self.loss, self.finite])).tolist()  # waits for the device: honest time
         speed = self.steps * self.tokens_per_step / (time.perf_counter() - self.began)
-        self.loss, self.steps, self.began = torch.zeros(()), 0, time.perf_counter()
-        return Reading(loss, speed, speed * self.flops_per_token / 1e12)
+        reading = Reading(
+            total / counted if counted else math.nan, self.norm.item(), speed, speed * self.flops_per_token / 1e12
+        )
+        self.loss, self.finite = torch.zeros(()), torch.zeros(())
+        self.steps, self.began = 0, time.perf_counter()
+        return reading
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -5,13 +5,14 @@ written over: a run starts afresh, goes on in its own directory, or goes on from
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from llmcore.data import Corpus
+from llmcore.train.best import Best
 from llmcore.train.checkpoint import CheckpointError, checkpoints, newest_checkpoint, verify
 from llmcore.train.config import ConfigError, TrainConfig
 
@@ -26,6 +27,7 @@ class Start:
     seconds: float = 0.0
     config: dict[str, Any] | None = None
     text: dict[str, Any] | None = None
+    best: Best = field(default_factory=Best)
 
     def require_text(self, corpus: Corpus) -> None:
         """Raise a ConfigError if `corpus` is not the text that the checkpoint was trained on."""
@@ -115,7 +117,9 @@ def read_log(run: Path) -> list[dict[str, Any]]:
 
 def _from(checkpoint: Path, run: Path | None) -> Start:
     meta = verify(checkpoint)
-    return Start(run, checkpoint, meta["step"], meta["seconds"], meta["config"], meta.get("text"))
+    return Start(
+        run, checkpoint, meta["step"], meta["seconds"], meta["config"], meta.get("text"), Best(**meta.get("best", {}))
+    )
 
 
 def _text(facts: dict[str, Any]) -> str:

@@ -137,7 +137,7 @@ class Planted:
         for name, call in calls.items():
             call()
             seconds[name] = self.spent
-        return {n: Timing(s, s, s) for n, s in seconds.items()}, {
+        return {n: Timing((s,), s, s, s) for n, s in seconds.items()}, {
             n: s / seconds["incumbent"] for n, s in seconds.items()
         }
 
@@ -151,7 +151,7 @@ SETTINGS = sweep.Settings(device="cpu")
 def plant(monkeypatch):
     def install(seconds=SECONDS, wrong=(WRONG,)):
         planted = Planted(seconds, wrong)
-        case = Case("planted", planted.ours, planted.reference, planted.reference, planted.inputs)
+        case = Case("planted", planted.ours, planted.reference, planted.reference, planted.inputs, (0, 0), (0, 0))
         monkeypatch.setattr(sweep, "workloads", lambda slot, device: [case])
         monkeypatch.setattr(sweep, "interleaved", planted.interleaved)
         return planted

@@ -29,3 +29,23 @@ def test_the_nearer_limit_counts():
     assert progress(10, 30.0, 100, 60.0) == 0.5
     assert progress(90, 30.0, 100, 60.0) == 0.9
     assert math.isclose(learning_rate(CONFIG, 50, progress(50, 60.0, 10**6, 60.0)), 0.2)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "halfway"),
+    [("cosine", 0.55), ("linear", 0.55), ("polynomial", 0.1 + 0.9 * 0.125), ("constant", 1.0), ("wsd", 1.0)],
+)
+def test_each_schedule_ends_where_it_says(schedule, halfway):
+    config = OptimizerConfig(lr=2.0, schedule=schedule, final_lr_ratio=0.1, warmup_steps=0, power=3.0, decay_ratio=0.25)
+    assert learning_rate(config, 0, 0.0) == pytest.approx(2.0)
+    assert learning_rate(config, 500, 0.5) == pytest.approx(2.0 * halfway)
+    assert learning_rate(config, 1000, 1.0) == pytest.approx(2.0 if schedule == "constant" else 0.2)
+    rates = [learning_rate(config, 0, i / 100) for i in range(101)]
+    assert all(a >= b for a, b in zip(rates, rates[1:], strict=False))
+
+
+def test_wsd_falls_linearly_over_its_share():
+    config = OptimizerConfig(lr=1.0, schedule="wsd", final_lr_ratio=0.2, warmup_steps=0, decay_ratio=0.25)
+    assert learning_rate(config, 0, 0.75) == 1.0
+    assert learning_rate(config, 0, 0.875) == pytest.approx(0.6)
+    assert learning_rate(OptimizerConfig(lr=1.0, schedule="wsd", warmup_steps=0, decay_ratio=0.0), 0, 1.0) == 1.0

@@ -16,7 +16,7 @@ from llmcore.train.checkpoint import (
     verify,
 )
 from llmcore.train.config import OptimizerConfig
-from llmcore.train.optimizer import build_optimizer
+from llmcore.train.optimizer import Optimizers, build_optimizer
 
 CONFIG = models.ModelConfig.from_preset(
     "tiny", hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
@@ -25,10 +25,10 @@ CONFIG = models.ModelConfig.from_preset(
 TEXT = {"train": {"bytes": 3, "sha256": "ab"}}
 
 
-def trained(seed: int, steps: int = 2) -> tuple[models.Decoder, torch.optim.AdamW]:
+def trained(seed: int, steps: int = 2, kind: str = "adamw") -> tuple[models.Decoder, Optimizers]:
     torch.manual_seed(seed)
     model = models.build(CONFIG)
-    optimizer = build_optimizer(model, OptimizerConfig())
+    optimizer = build_optimizer(model, OptimizerConfig(kind=kind))
     for _ in range(steps):
         tokens = torch.randint(256, (2, 9))
         model(tokens[:, :-1], tokens[:, 1:]).loss.backward()
@@ -48,10 +48,34 @@ def test_round_trip(checkpoint: Path):
     load_checkpoint(checkpoint, again, again_optimizer)
     for (name, expected), given in zip(model.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(given, expected), name
-        state, given_state = optimizer.state[expected], again_optimizer.state[given]
+        state, given_state = optimizer.state_of(expected), again_optimizer.state_of(given)
         assert set(state) == set(given_state) == {"step", "exp_avg", "exp_avg_sq"}
         assert all(torch.equal(state[key], given_state[key]) for key in state)
     assert torch.equal(models.load(checkpoint).lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adam", "muon"])
+def test_training_goes_on_to_the_same_bits(tmp_path: Path, kind: str):
+    def steps(model, optimizer, seeds):
+        for seed in seeds:
+            tokens = torch.randint(256, (2, 9), generator=torch.Generator().manual_seed(seed))
+            model(tokens[:, :-1], tokens[:, 1:]).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, optimizer = trained(0, kind=kind)
+    saved = save_checkpoint(tmp_path, 2, 0.0, model, optimizer, {}, TEXT)
+    steps(model, optimizer, range(3))
+    again, again_optimizer = trained(1, steps=0, kind=kind)
+    load_checkpoint(saved, again, again_optimizer)
+    steps(again, again_optimizer, range(3))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_the_state_of_another_optimizer_is_refused(tmp_path: Path):
+    saved = save_checkpoint(tmp_path, 2, 0.0, *trained(0, kind="muon"), {}, TEXT)
+    with pytest.raises(CheckpointError, match="holds the state of another optimizer: momentum_buffer of model.layers"):
+        load_checkpoint(saved, *trained(1, steps=0))
 
 
 def test_meta(checkpoint: Path):

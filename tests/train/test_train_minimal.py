@@ -1,5 +1,6 @@
 """The whole run: it learns, stops, saves, resumes to the last bit, samples, and writes over nothing."""
 
+import math
 import shutil
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 
 import train_minimal
 from llmcore import models
+from llmcore.data import load_corpus
 from llmcore.train.run import read_log
 
 
@@ -27,7 +29,7 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 def test_a_run_learns_logs_and_samples(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run(*small, "--name", "a", "--max_steps", "40", "--eval_interval", "20", "--sample.prompt", "line ")
     path = tmp_path / "runs" / "a"
-    assert {file.name for file in path.iterdir()} == {"config.yaml", "log.jsonl", "step_40"}
+    assert {file.name for file in path.iterdir()} == {"config.yaml", "log.jsonl", "step_20", "step_40", "best", "final"}
 
     curve = losses(path)
     assert list(curve) == list(range(1, 41)) and curve[40] < curve[1] - 1
@@ -53,6 +55,71 @@ def test_resume_is_exact(small: list[str], tmp_path: Path):
         assert (resumed / "step_20" / name).read_bytes() == (straight / "step_20" / name).read_bytes()
 
 
+def test_the_average_of_the_weights_resumes_exactly_and_is_what_is_validated(small: list[str], tmp_path: Path):
+    straight, resumed = tmp_path / "runs" / "straight", tmp_path / "runs" / "resumed"
+    ema = ["--ema_decay", "0.9", "--max_steps", "20", "--checkpoint_interval", "10", "--eval_interval", "10"]
+    run(*small, *ema, "--name", "straight")
+    resumed.mkdir()
+    shutil.copy(straight / "config.yaml", resumed)
+    shutil.copytree(straight / "step_10", resumed / "step_10")
+    run("--resume", str(resumed))
+    for name in ("model.safetensors", "ema/model.safetensors"):
+        assert (resumed / "step_20" / name).read_bytes() == (straight / "step_20" / name).read_bytes()
+    average, last = weights(straight / "step_20" / "ema"), weights(straight / "step_20")
+    assert any(not torch.equal(average[name], last[name]) for name in last)
+    run(*small, *ema, "--ema_decay", "0", "--name", "plain")
+    bits = [
+        [line["val_bpb"] for line in read_log(tmp_path / "runs" / n) if "val_bpb" in line]
+        for n in ("straight", "plain")
+    ]
+    assert bits[0] != bits[1] and losses(straight) == losses(tmp_path / "runs" / "plain"), (
+        "training itself is as before"
+    )
+
+
+def test_the_newest_and_the_best_checkpoints_are_kept(small: list[str], tmp_path: Path, monkeypatch):
+    bits = iter([3.0, 2.0, 2.5, 2.2, 2.1, 9.9, 9.9])
+    monkeypatch.setattr(train_minimal, "bits_per_byte", lambda *_: next(bits))
+    run(*small, "--name", "a", "--eval_interval", "1", "--checkpoint_interval", "1", "--keep_checkpoints", "2")
+    path = tmp_path / "runs" / "a"
+    assert {p.name for p in path.iterdir() if p.is_dir()} == {"step_2", "step_5", "step_6", "best", "final"}
+    assert (path / "best").resolve().name == "step_2" and (path / "final").resolve().name == "step_6"
+    assert torch.equal(models.load(path / "best").lm_head.weight, models.load(path / "step_2").lm_head.weight)
+
+
+def test_patience_ends_a_run_across_a_resume(small: list[str], tmp_path: Path, monkeypatch, capsys):
+    bits = [3.0, 2.0, 2.5, 2.4, 2.3, 2.2, 2.1]
+    for name, steps in (("a", "4"), ("b", "6")):
+        given = iter(bits)
+        monkeypatch.setattr(train_minimal, "bits_per_byte", lambda *_, given=given: next(given))
+        run(
+            *small,
+            "--name",
+            name,
+            "--eval_interval",
+            "1",
+            "--checkpoint_interval",
+            "1",
+            "--patience",
+            "3",
+            "--max_steps",
+            steps,
+        )
+    assert "no better validation since step 2" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "b" / "final").resolve().name == "step_5"
+    given_again = iter([2.3, 2.2])
+    monkeypatch.setattr(train_minimal, "bits_per_byte", lambda *_: next(given_again))
+    run("--resume", str(tmp_path / "runs" / "a"), "--max_steps", "6")
+    assert "no better validation since step 2" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "a" / "final").resolve().name == "step_5"
+
+
+def test_epochs_set_the_number_of_steps(small: list[str], tmp_path: Path):
+    run(*small, "--name", "a", "--epochs", "0.05")
+    text = load_corpus(small[1], None)
+    assert max(losses(tmp_path / "runs" / "a")) == math.ceil(0.05 * text.train.size / (4 * 32))
+
+
 def test_resume_from_a_checkpoint_makes_a_new_run(small: list[str], tmp_path: Path):
     run(*small, "--name", "a", "--checkpoint_interval", "3")
     before = sorted((tmp_path / "runs").rglob("*"))
@@ -70,7 +137,7 @@ def test_resume_auto(small: list[str], tmp_path: Path, capsys: pytest.CaptureFix
     run("--resume", "auto", "--out_dir", str(runs), "--max_steps", "8")
     assert "runs/second/step_4" in capsys.readouterr().out
     names = {path.name for path in (runs / "second").iterdir() if path.is_dir()}
-    assert names == {"step_2", "step_4", "step_6", "step_6.corrupt", "step_8"}
+    assert names == {"step_4", "step_6", "step_6.corrupt", "step_8", "final"}
     run("--resume", str(runs / "second"))  # over already: nothing is trained, nothing is written over
 
 
@@ -147,6 +214,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(small: list[str], tmp_path: Pat
         "0",
         "--optimizer.warmup_steps",
         "0",
+        "--max_skipped",
+        "2",
     ]
     assert train_minimal.main(argv) == 1
     assert "lower optimizer.lr" in capsys.readouterr().err
