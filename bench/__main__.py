@@ -3,12 +3,12 @@
 measure: ops [NAME ...], errors [NAME ...], overhead, step, scaling, race, curves, mine CONFIG (a preset, a training
 configuration or a Hugging Face config.json); compile needs no GPU: what the compilers make of the GPU kernels.
 read: report (tables and plots of the records), compare OLD NEW (what has become slower between two records of ops).
+tune OP: choose the configurations of an op's kernels (python -m bench tune --help).
 """
 
 import argparse
 import importlib
 import json
-import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,14 +18,14 @@ import torch
 
 from bench import compare, report
 from bench.compile.record import ROOT, write_all
-from bench.machine import machine
+from bench.machine import folder_name, machine, plain
 from bench.mine import cases_of_model, read_shapes
 from bench.timing import keep_freed_memory
 from llmcore.ops import registry
 
 RESULTS = ROOT / "bench" / "results"
 MEASURING = ("ops", "errors", "overhead", "step", "scaling", "race", "curves", "mine")
-VERBS = (*MEASURING, "compile", "report", "compare")
+VERBS = (*MEASURING, "compile", "report", "compare", "tune")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -50,6 +50,11 @@ def parser_of() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns 0, 1 where something measured is wrong or slower, 2 for arguments that are not allowed."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["tune"]:
+        from bench.tune import cli
+
+        return cli.main(arguments[1:])
     parser = parser_of()
     options = parser.parse_args(arguments)
     if options.what == "compare":
@@ -92,17 +97,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def path_of(options: argparse.Namespace, where: dict[str, Any]) -> Path:
     """The record's file: bench/results/DEVICE/VERB[-NAMES].json."""
-    device = str(where["gpu"]) if "gpu" in where else f"{where['processor']} {options.threads} threads"
-    names = [_plain(name) for name in options.names]
+    names = [plain(name) for name in options.names]
     if options.what == "mine":
         model = Path(options.names[0])
         named = model.parent.resolve().name if model.name == "config.json" else model.stem
-        names = [_plain(named), f"{options.batch_size}x{options.seq_len}", options.dtype]
-    return options.results / _plain(device) / ("-".join([options.what, *names]) + ".json")
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-")
+        names = [plain(named), f"{options.batch_size}x{options.seq_len}", options.dtype]
+    return options.results / folder_name(where) / ("-".join([options.what, *names]) + ".json")
 
 
 def measurements(options: argparse.Namespace, records: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """What a record must say of where it was taken."""
 
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -30,6 +31,16 @@ def machine(device: str = "cpu") -> dict[str, str | int]:
         "command": "python -m bench " + " ".join(sys.argv[1:]),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def plain(name: str) -> str:
+    """As part of a file's name."""
+    return re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-")
+
+
+def folder_name(where: dict[str, str | int]) -> str:
+    """Of the records of a machine."""
+    return plain(str(where["gpu"]) if "gpu" in where else f"{where['processor']} {where['threads']} threads")
 
 
 def cache_bytes(device: str) -> int:

@@ -10,7 +10,7 @@ import ast
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -99,31 +99,41 @@ def _describe(capability: int, case: str, kernel) -> Compiled:
     )
 
 
-def compile_launches(
-    capability: int, device: Any, cases: Iterable[tuple[str, Callable[[], object]]]
-) -> tuple[list[Compiled], set[JITFunction]]:
-    """What every (name, launch) compiles for a capability like 90, and the kernels that were launched.
+def compiler(
+    capability: int, device: Any, only: Container[str] | None = None
+) -> Callable[[str, Callable[[], object]], list[tuple[JITFunction, Compiled]]]:
+    """A function of (name, launch): each kernel of the launch, and what it compiles to for a capability like 90.
 
-    device: the module kernels/device.py, which is made to report that capability.
+    device: the module kernels/device.py, which is made to report that capability. only: the names of the kernels to
+    compile, where not all are wanted.
     """
     launched: list[tuple[JITFunction, object]] = []
     run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
-        launched.append((self, run(self, *args, grid=grid, warmup=True, **kwargs)))
+        if only is None or self.__name__ in only:
+            launched.append((self, run(self, *args, grid=grid, warmup=True, **kwargs)))
 
     triton.runtime.driver.set_active(_CompileOnlyDriver(capability))
     JITFunction.run = compile_only
     device.capability = lambda _: capability
     device.multiprocessors = lambda _: MULTIPROCESSORS
-    compiled = []
-    kernels = set()
-    for name, launch in cases:
+
+    def compile_launch(name: str, launch: Callable[[], object]) -> list[tuple[JITFunction, Compiled]]:
         launched.clear()
         launch()
-        compiled += [_describe(capability, name, kernel) for _, kernel in launched]
-        kernels |= {function for function, _ in launched}
-    return compiled, kernels
+        return [(function, _describe(capability, name, kernel)) for function, kernel in launched]
+
+    return compile_launch
+
+
+def compile_launches(
+    capability: int, device: Any, cases: Iterable[tuple[str, Callable[[], object]]]
+) -> tuple[list[Compiled], set[JITFunction]]:
+    """What every (name, launch) compiles, and the kernels that were launched."""
+    compile_launch = compiler(capability, device)
+    results = [result for name, launch in cases for result in compile_launch(name, launch)]
+    return [compiled for _, compiled in results], {function for function, _ in results}
 
 
 def _uses(function: JITFunction) -> Iterator[JITFunction]:

@@ -23,7 +23,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Case = tuple[str, Callable[[], object]]
 
 
-def _attention(dtype, D, DV, window, by_pointer, precision):
+def launch_attention(dtype, D, DV, window, by_pointer, precision):
     torch.set_float32_matmul_precision(precision)
     B, T, H, K = 2, 256, 4, 2
     q, k, v = (torch.empty(B, T, *shape, dtype=dtype) for shape in ((H, D), (K, D), (K, DV)))
@@ -55,24 +55,24 @@ def _attention_cases(everything: bool) -> Iterator[Case]:
         precision = "high" if dtype == "tf32" else "highest"
         layout = "by_pointer" if by_pointer else "contiguous"
         mask = {full: "full", causal: "causal", sliding: "sliding"}[window]
-        call = partial(_attention, DTYPES.get(dtype, torch.float32), D, DV, window, by_pointer, precision)
+        call = partial(launch_attention, DTYPES.get(dtype, torch.float32), D, DV, window, by_pointer, precision)
         yield f"attention {dtype} {D}/{DV} {mask} {layout}", call
 
 
-def _rms_norm(dtype, cols, with_residual):
+def launch_rms_norm(dtype, cols, with_residual):
     x, weight = torch.empty(8, cols, dtype=dtype), torch.empty(cols, dtype=dtype)
     residual = x if with_residual else None
     rms_norm.rms_norm_fwd(x, weight, residual, 1e-6, 0.0)
     rms_norm.rms_norm_bwd(x, residual, x, weight, torch.empty(8), 0.0, dtype, dtype if with_residual else None, True)
 
 
-def _swiglu(dtype, cols):
+def launch_swiglu(dtype, cols):
     x = torch.empty(8, 2 * cols, dtype=dtype)
     swiglu.swiglu_fwd(x[:, :cols], x[:, cols:])
     swiglu.swiglu_bwd(x[:, :cols], x[:, :cols], x[:, cols:])
 
 
-def _apply_rotary(dtype, D, R, interleaved):
+def launch_apply_rotary(dtype, D, R, interleaved):
     q, k, table = torch.empty(2, 8, 32, D, dtype=dtype), torch.empty(2, 8, 8, D, dtype=dtype), torch.empty(8, R // 2)
     apply_rotary.apply_rotary(q, k, table, table, None, interleaved, False)
 
@@ -81,13 +81,13 @@ def _row_cases(everything: bool) -> Iterator[Case]:
     for name, dtype in DTYPES.items():
         for cols in (100, 128, 1000, 1024, 4096, 8192, 16384, 65536) if everything else (1000, 4096, 65536):
             for residual in (False, True) if everything else (True,):
-                call = partial(_rms_norm, dtype, cols, residual)
+                call = partial(launch_rms_norm, dtype, cols, residual)
                 yield f"rms_norm {name} {cols} {'with' if residual else 'without'}_residual", call
         for cols in (11008, 1001) if everything else (11008,):
-            yield f"swiglu {name} {cols}", partial(_swiglu, dtype, cols)
+            yield f"swiglu {name} {cols}", partial(launch_swiglu, dtype, cols)
         for D, R in ((64, 64), (128, 128), (80, 80), (80, 40), (128, 64)) if everything else ((128, 128), (80, 40)):
             for interleaved in (False, True):
-                call = partial(_apply_rotary, dtype, D, R, interleaved)
+                call = partial(launch_apply_rotary, dtype, D, R, interleaved)
                 yield f"apply_rotary {name} {D}/{R} {'interleaved' if interleaved else 'halves'}", call
 
 

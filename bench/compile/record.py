@@ -18,6 +18,8 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 RECORDS = ROOT / "bench" / "results" / "compile"
 CAPABILITIES = (90, 80)
+# Kinds of instruction that a change must not lose.
+KINDS = ("wgmma", "mma_sync", "bulk_copies", "async_copies")
 Entries = dict[str, dict[str, Any]]
 
 
@@ -117,7 +119,7 @@ def worse(recorded: Entries, now: Entries) -> list[str]:
             continue
         if entry["stack"] > before["stack"]:
             sentences.append(f"{key} spills {entry['stack']} bytes; recorded are {before['stack']}.")
-        for kind in ("wgmma", "mma_sync", "bulk_copies", "async_copies"):
+        for kind in KINDS:
             if before.get(kind, 0) and not entry[kind]:
                 sentences.append(f"{key} has lost its {kind}; recorded are {before[kind]}.")
         if entry.get("occupancy", 0) < before.get("occupancy", 0):

@@ -1,0 +1,1 @@
+"""Choosing the entries of the kernels' tables: ranked without a GPU, measured on one, written back."""
