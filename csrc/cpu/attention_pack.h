@@ -121,11 +121,6 @@ LLMCORE_INLINE void pack_transposed(const W* from, int64_t stride, int64_t rows,
 
 // Rows lie far apart: the processor does not foresee them.
 template <class T>
-LLMCORE_INLINE void prefetch_row(const T* p, int64_t n) {
-    for (int64_t i = 0; i < n; i += int64_t(64 / sizeof(T))) __builtin_prefetch(p + i);
-}
-
-template <class T>
 LLMCORE_INLINE void prefetch_row_to_write(T* p, int64_t n) {
     for (int64_t i = 0; i < n; i += int64_t(64 / sizeof(T))) __builtin_prefetch(p + i, 1);
 }

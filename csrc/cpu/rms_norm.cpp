@@ -76,8 +76,10 @@ LLMCORE_INLINE void scale_row(const S* row, const float* w, X* y, float rstd, in
 template <bool kStream, class X>
 void fwd(const X* x, const float* w, X* y, float* rstd, int64_t rows, int64_t cols, int64_t x_row_stride, float eps) {
     parallel_stream<kStream>(rows, kGrain / cols, [&](int64_t begin, int64_t end) {
+        const int64_t ahead = rows_ahead<X>(cols);
         for (int64_t row = begin; row < end; row++) {
             const X* const x_row = x + row * x_row_stride;
+            if (ahead > 0 && row + ahead < end) prefetch_row(x_row + ahead * x_row_stride, cols);
             const float sum = sum_vectors(cols, [&](int64_t i, auto lanes) {
                 const vf value = load(x_row + i, lanes);
                 return value * value;
@@ -95,10 +97,15 @@ void fwd_residual(const X* x, const void* residual, DType residual_dtype, const 
     const bool widen = std::is_same_v<S, float> && residual_dtype != DType::f32;
     parallel_stream<kStream>(rows, kGrain / cols, [&](int64_t begin, int64_t end) {
         const Scratch widened(widen ? cols : 0);
+        const int64_t ahead = widen ? 0 : rows_ahead<X>(cols);
         for (int64_t row = begin; row < end; row++) {
             const X* const x_row = x + row * x_row_stride;
             S* const s_row = s + row * cols;
             const S* residual_row = static_cast<const S*>(residual) + row * residual_row_stride;
+            if (ahead > 0 && row + ahead < end) {
+                prefetch_row(x_row + ahead * x_row_stride, cols);
+                prefetch_row(residual_row + ahead * residual_row_stride, cols);
+            }
             if (widen) {
                 widen_row(residual, residual_dtype, row * residual_row_stride, cols, 0.0f, widened.data());
                 residual_row = reinterpret_cast<const S*>(widened.data());

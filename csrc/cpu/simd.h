@@ -171,7 +171,9 @@ LLMCORE_INLINE float reduce_max(vf x) {
 // ---- between floats and 16-bit elements -------------------------------------------------------------------------------------
 
 LLMCORE_INLINE vf widen_bf16(vh h) {
-#if defined(LLMCORE_AVX2)
+#if defined(LLMCORE_AVX512)
+    return (vf)_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)h), 16);
+#elif defined(LLMCORE_AVX2)
     return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)h), 16);
 #else
     return (vf)(__builtin_convertvector(h, vu) << 16);
@@ -186,7 +188,9 @@ LLMCORE_INLINE vi round_bf16(vf x) {
 
 LLMCORE_INLINE vh narrow_bf16(vf x) {
     const vi rounded = round_bf16(x);
-#if defined(LLMCORE_AVX2)
+#if defined(LLMCORE_AVX512)
+    return (vh)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)rounded);
+#elif defined(LLMCORE_AVX2)
     return (vh)_mm_packs_epi32(_mm256_castsi256_si128((__m256i)rounded), _mm256_extracti128_si256((__m256i)rounded, 1));
 #else
     return __builtin_convertvector((vu)rounded, vh);
@@ -279,7 +283,13 @@ LLMCORE_INLINE void store_two(T* p, vf a, vf b) {
     store(p, a);
     store(p + VL, b);
 }
-#if defined(LLMCORE_AVX2)
+#if defined(LLMCORE_AVX512)
+LLMCORE_INLINE void store_two(bf16_t* p, vf a, vf b) {
+    const __m512i interleaved = _mm512_maskz_packs_epi32(~__mmask32(0), (__m512i)round_bf16(a), (__m512i)round_bf16(b));
+    const __m512i in_order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    store_bits(p, _mm512_maskz_permutexvar_epi64(0xff, in_order, interleaved));
+}
+#elif defined(LLMCORE_AVX2)
 LLMCORE_INLINE void store_two(bf16_t* p, vf a, vf b) {
     const __m256i interleaved = _mm256_packs_epi32((__m256i)round_bf16(a), (__m256i)round_bf16(b));
     store_bits(p, _mm256_permute4x64_epi64(interleaved, 0xd8));
@@ -311,6 +321,12 @@ LLMCORE_INLINE void store(float* p, vf x, int n) {
 }
 LLMCORE_INLINE void store(bf16_t* p, vf x, int n) { store_halves(p, narrow_bf16(x), n); }
 LLMCORE_INLINE void store(fp16_t* p, vf x, int n) { store_halves(p, narrow_fp16(x), n); }
+
+// Asks for n elements that will be needed soon.
+template <class T>
+LLMCORE_INLINE void prefetch_row(const T* p, int64_t n) {
+    for (int64_t i = 0; i < n; i += int64_t(64 / sizeof(T))) __builtin_prefetch(p + i);
+}
 
 // ---- exponentials -----------------------------------------------------------------------------------------------------------
 
