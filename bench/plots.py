@@ -41,7 +41,8 @@ def panels(count: int, columns: int, height: float = 2.6) -> tuple[Any, list[Any
 def legend(figure: Any, axes: Iterable[Any]) -> None:
     """One legend for all panels."""
     found = {label: handle for a in axes for handle, label in zip(*a.get_legend_handles_labels(), strict=True)}
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=min(len(found), 5))
+    columns = max(1, int(figure.get_figwidth() / 2.1))
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns)
 
 
 def finish(figure: Any, title: str, path: Path) -> Path:

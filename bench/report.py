@@ -15,6 +15,12 @@ from bench.compare import read
 
 PASSES = ("forward", "forward + backward")
 PEERS = ("eager", "torch.compile")
+OPS = (
+    "Microseconds are medians of interleaved rounds on inputs that rotate over twice the last cache, at most 256 MiB. "
+    "The ceiling is a copy beyond the caches or a matrix product, whichever binds. A share above 1 is reached where "
+    "the cache is larger than the rotation, or an output is written to memory that is still in it. peak MiB is beyond "
+    "the inputs."
+)
 ERRORS = (
     "Root mean square of the error over that of the exact values, the largest over the sizes; same inputs, float64 by "
     "the reference."
@@ -55,7 +61,7 @@ def dtype_of(row: dict[str, Any]) -> str:
 
 def figures(folder: Path, words: dict[str, str]) -> str:
     """The tables of a README."""
-    ops, step, race = (read(folder / f"{name}.json") for name in ("ops", "step", "race"))
+    ops = read(folder / "ops.json")
     ratios = defaultdict(list)
     for row in measured(ops):
         for peer in PEERS:
@@ -72,24 +78,17 @@ def figures(folder: Path, words: dict[str, str]) -> str:
         processor=machine["processor"], threads=machine["threads"], kernels=machine["cpu kernels"],
         torch=machine["torch"], date=machine["date"],
     )  # fmt: skip
-    seconds = race["records"][0]["seconds"]
-    return "\n".join(
-        (
-            where + "\n",
-            table([words["ops"], *(f"{peer}, {words[direction]}" for peer, direction in columns)], body),
-            table(
-                [words["step"], "ms", words["faster"]],
-                [
-                    [r["candidate"], f"{r['milliseconds']:.1f}", f"{r['llmcore is faster by']:.2f}×"]
-                    for r in step["records"]
-                ],
-            ),
-            table(
-                [words["race"].format(seconds=seconds), words["tokens"], words["bits"]],
-                [[r["candidate"], f"{r['tokens']:,}", f"{r['held-out bits per byte']:.4f}"] for r in race["records"]],
-            ),
-        )
-    )
+    parts = [where + "\n", table([words["ops"], *(f"{peer}, {words[direction]}" for peer, direction in columns)], body)]
+    if (folder / "step.json").exists():
+        steps = read(folder / "step.json")["records"]
+        rows = [[r["candidate"], f"{r['milliseconds']:.1f}", f"{r['llmcore is faster by']:.2f}×"] for r in steps]
+        parts.append(table([words["step"], "ms", words["faster"]], rows))
+    if (folder / "race.json").exists():
+        races = read(folder / "race.json")["records"]
+        rows = [[r["candidate"], f"{r['tokens']:,}", f"{r['held-out bits per byte']:.4f}"] for r in races]
+        head = [words["race"].format(seconds=races[0]["seconds"]), words["tokens"], words["bits"]]
+        parts.append(table(head, rows))
+    return "\n".join(parts)
 
 
 def with_figures(text: str, words: dict[str, str], results: Path) -> str:
@@ -167,7 +166,7 @@ def report_of(folder: Path) -> list[Path]:
             plots.memory(detailed, title, folder / "memory.png"),
         ]
     facts = ", ".join(f"{name} {value}" for name, value in machine.items())
-    text = [f"# {folder.name}", facts, *map(json.dumps, ceilings), "## Ops", rows_of(record)]
+    text = [f"# {folder.name}", facts, *map(json.dumps, ceilings), "## Ops", OPS, rows_of(record)]
     others = {
         name: read(path) for name in ("errors", "curves", "scaling") if (path := folder / f"{name}.json").exists()
     }
