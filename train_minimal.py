@@ -59,7 +59,7 @@ def train(
     average = Average(model, config.ema_decay) if config.ema_decay else None
     if start.checkpoint is not None:
         load_checkpoint(start.checkpoint, model, optimizer, average)
-    parallel: nn.Module = DistributedDataParallel(model) if world.size > 1 else model
+    parallel: nn.Module = distributed.replicate(model, config.seq_len) if world.size > 1 else model
     bf16 = use_bf16(config.precision, world.device)
     autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=bf16)
 

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from llmcore.train.config import ConfigError
 
@@ -121,6 +122,21 @@ def join(device: torch.device) -> Iterator[World]:
         yield World(dist.get_rank(), dist.get_world_size(), device)
     finally:
         dist.destroy_process_group()
+
+
+def replicate(model: nn.Module, seq_len: int) -> DistributedDataParallel:
+    """The model under DDP, whose gradient buckets are already those of the whole run.
+
+    DDP groups the gradients anew after its first backward, in the order in which they came. Sums of three ranks and
+    more round differently in other groups, so that a run which was resumed would part from one that was not. Two
+    backward passes of a zero loss bring this before the first step.
+    """
+    parallel = DistributedDataParallel(model)
+    tokens = torch.zeros(1, seq_len, dtype=torch.int64, device=next(model.parameters()).device)
+    for _ in range(2):
+        (parallel(tokens, tokens).loss * 0).backward()
+        model.zero_grad()
+    return parallel
 
 
 def threads_per_process(local_size: int) -> int:

@@ -1,6 +1,7 @@
 """Two processes over gloo train as one does at the same global batch, however they are started."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,6 +49,22 @@ def test_two_ranks_equal_one(start: str, small: list[str], tmp_path: Path, run_s
         # Adam divides by the gradient's size: where a gradient is nothing but rounding, so is its step of up to lr.
         difference = (given - expected[name]).abs()
         assert difference.mean() < 1e-6 and difference.max() < 1e-3, name
+
+
+@pytest.mark.parametrize("ranks", [3, pytest.param(4, marks=pytest.mark.slow)])
+def test_many_ranks_resume_to_the_same_bits(ranks: int, small: list[str], tmp_path: Path, run_script: Script):
+    launcher = [*TORCHRUN[:-1], str(ranks)]
+    argv = [*small, "--batch_size", "12", "--checkpoint_interval", "3"]
+    result = run_script(launcher, [*argv, "--name", "straight"])
+    assert result.returncode == 0, result.stderr
+    straight, resumed = tmp_path / "runs" / "straight", tmp_path / "runs" / "resumed"
+    resumed.mkdir()
+    shutil.copy(straight / "config.yaml", resumed)
+    shutil.copytree(straight / "step_3", resumed / "step_3")
+    result = run_script(launcher, ["--resume", str(resumed)])
+    assert result.returncode == 0, result.stderr
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (resumed / "step_6" / name).read_bytes() == (straight / "step_6" / name).read_bytes()
 
 
 def test_wrong_input_is_told_once(small: list[str], run_script: Script):
