@@ -245,9 +245,17 @@ def errors(rows: Rows, title: str, path: Path) -> Path:
     return finish(figure, title, path)
 
 
-def curves(rows: Rows, title: str, path: Path) -> Path:
+def beside_plain(rows: Rows) -> Rows:
+    """The curves in a precision in which plain PyTorch's has been measured too."""
+    known = {row["precision"] for row in rows if row["candidate"] == "plain PyTorch"}
+    return [row for row in rows if row["precision"] in known]
+
+
+def curves(rows: Rows, title: str, path: Path) -> Path | None:
     """The losses, and how far each strays from plain PyTorch."""
-    by_precision = grouped(rows, lambda r: r["precision"])
+    by_precision = grouped(beside_plain(rows), lambda r: r["precision"])
+    if not by_precision:
+        return None
     figure, axes = panels(2 * len(by_precision), 2, 2.8)
     for i, (precision, own) in enumerate(by_precision.items()):
         loss, apart = axes[2 * i], axes[2 * i + 1]

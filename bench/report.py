@@ -176,7 +176,7 @@ def report_of(folder: Path) -> list[Path]:
     if "errors" in others:
         text += ["## Errors against float64", ERRORS, errors_of(others["errors"])]
     if "curves" in others:
-        text += ["## Loss curves", CURVES, "\n".join(strays(others["curves"]["records"]))]
+        text += ["## Loss curves", CURVES, "\n".join(strays(plots.beside_plain(others["curves"]["records"])))]
     done = [path for path in drawn if path]
     text += ["## Plots", "\n\n".join(f"![{path.stem}]({path.name})" for path in done)]
     (folder / "report.md").write_text("\n\n".join(text) + "\n")
