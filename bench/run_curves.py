@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from bench.plain_model import PlainTwin
+from bench.training import train
 from llmcore import models
-from llmcore.data import Batches, Corpus, load_corpus
+from llmcore.data import load_corpus
 from llmcore.train.config import TrainConfig, model_config
 from llmcore.train.distributed import World
 from llmcore.train.machine import use_bf16
-from llmcore.train.optimizer import build_optimizer
-from llmcore.train.schedule import learning_rate, progress
-from train_minimal import bits_per_byte, forward_backward
+from train_minimal import bits_per_byte
 
 CANDIDATES = ("llmcore", "plain PyTorch", "plain PyTorch, one ulp away")
 EVERY = 10  # steps of which the mean loss is kept
@@ -31,21 +30,6 @@ def moved_by_one_ulp(weights: dict[str, Tensor], seed: int) -> dict[str, Tensor]
     generator = torch.Generator().manual_seed(seed)
     upwards = {n: torch.randint(2, w.shape, generator=generator) * 2 - 1 for n, w in weights.items()}
     return {n: torch.nextafter(w, upwards[n] * torch.full_like(w, torch.inf)) for n, w in weights.items()}
-
-
-def losses_of(model: nn.Module, config: TrainConfig, corpus: Corpus, bf16: bool, steps: int) -> list[float]:
-    optimizer = build_optimizer(model, config.optimizer)
-    batches = Batches(corpus.train, config.batch_size, config.seq_len, config.seed)
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
-    losses = []
-    for step in range(steps):
-        inputs, targets = batches(step, 0, 1)
-        losses.append(float(forward_backward(model, inputs, targets, config.batch_size, autocast)))
-        nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)
-        optimizer.set_learning_rate(learning_rate(config.optimizer, step, progress(step, 0.0, steps, None)))
-        optimizer.step()
-        optimizer.zero_grad()
-    return losses
 
 
 def run(steps: int, done: set[str], config: TrainConfig | None = None) -> Iterator[dict[str, Any]]:
@@ -63,7 +47,7 @@ def run(steps: int, done: set[str], config: TrainConfig | None = None) -> Iterat
                 weights = model.state_dict()
                 away = moved_by_one_ulp(weights, config.seed) if candidate.endswith("away") else weights
                 model = PlainTwin(settings, away)
-            losses = losses_of(model, config, corpus, bf16, steps)
+            losses = [float(loss) for loss in train(model, config, corpus, bf16, steps, None)]
             means = [round(statistics.fmean(losses[i : i + EVERY]), 5) for i in range(0, steps, EVERY)]
             world = World(0, 1, torch.device("cpu"))
             held_out = bits_per_byte(model, corpus, config.final_eval_tokens, config.seq_len, config.batch_size, world)

@@ -3,7 +3,6 @@
 The figure is bits per byte on the held-out text after that time. One run after the other, in one process.
 """
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,32 +10,13 @@ import torch
 from torch import nn
 
 from bench.plain_model import PlainTwin
+from bench.training import train
 from llmcore import models
-from llmcore.data import Batches, Corpus, load_corpus
+from llmcore.data import load_corpus
 from llmcore.train.config import TrainConfig, model_config
 from llmcore.train.distributed import World
 from llmcore.train.machine import use_bf16
-from llmcore.train.optimizer import build_optimizer
-from llmcore.train.schedule import learning_rate, progress
-from train_minimal import bits_per_byte, forward_backward
-
-
-def train(model: nn.Module, config: TrainConfig, corpus: Corpus, bf16: bool, seconds: float) -> tuple[int, float]:
-    """Trains for `seconds`; returns the steps made and the held-out bits per byte."""
-    optimizer = build_optimizer(model, config.optimizer)
-    batches = Batches(corpus.train, config.batch_size, config.seq_len, config.seed)
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
-    step, began = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - began) < seconds:
-        inputs, targets = batches(step, 0, 1)
-        forward_backward(model, inputs, targets, config.batch_size, autocast)
-        nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)
-        optimizer.set_learning_rate(learning_rate(config.optimizer, step, progress(step, elapsed, None, seconds)))
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-    world = World(0, 1, torch.device("cpu"))
-    return step, bits_per_byte(model, corpus, config.final_eval_tokens, config.seq_len, config.batch_size, world)
+from train_minimal import bits_per_byte
 
 
 def run(seconds: float) -> Iterator[dict[str, Any]]:
@@ -49,7 +29,9 @@ def run(seconds: float) -> Iterator[dict[str, Any]]:
         model: nn.Module = models.build(settings)
         if name != "llmcore":
             model = PlainTwin(settings, model.state_dict())
-        steps, bits = train(model, config, corpus, low, seconds)
+        steps = sum(1 for _ in train(model, config, corpus, low, None, seconds))
+        world = World(0, 1, torch.device("cpu"))
+        bits = bits_per_byte(model, corpus, config.final_eval_tokens, config.seq_len, config.batch_size, world)
         record = {
             "candidate": f"{name} {'bf16' if low else 'fp32'}",
             "seconds": seconds,
