@@ -23,6 +23,7 @@ class ModelConfig:
     max_position_embeddings: longest sequence, in tokens. rope_theta: base of the rotary angles.
     rms_norm_eps: added to the mean of squares. tie_word_embeddings: the output layer is the embedding's weight.
     initializer_range: standard deviation of the initial weights.
+    dropout: probability with which training zeroes an element of the embedding's, an attention's or an MLP's output.
     """
 
     vocab_size: int = 32000
@@ -37,6 +38,7 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -44,6 +46,9 @@ class ModelConfig:
             if field.type in (int, int | None) and value is not None:
                 if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                     raise ValueError(f"ModelConfig: {field.name} is {value!r}; allowed: whole numbers from 1.")
+            elif field.name == "dropout":
+                if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+                    raise ValueError(f"ModelConfig: dropout is {value!r}; allowed: numbers from 0 to below 1.")
             elif field.type is float:
                 if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
                     raise ValueError(f"ModelConfig: {field.name} is {value!r}; allowed: numbers above 0.")

@@ -3,6 +3,8 @@
 Touvron et al., "LLaMA", 2023 (arXiv:2302.13971). Each block:
     x = x + attention(rms_norm(x))      x = x + swiglu(rms_norm(x))
 The additions run inside the next norm: a block hands on its last output and the residual stream, still apart.
+Training can drop elements (Srivastava et al., "Dropout", 2014) of the embedding's output and of what each attention and
+swiglu adds to the stream, as GPT-2 does (Radford et al., 2019), which drops attention's probabilities besides.
 
 B batch, T time, C hidden size, V vocabulary.
 """
@@ -14,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.utils.checkpoint import checkpoint
 
 from llmcore.models.config import ModelConfig
 from llmcore.models.generation import generate_tokens
@@ -22,6 +25,10 @@ from llmcore.nn import Attention, KVCache, RMSNorm, RotaryEmbedding, SwiGLU
 
 def _outside(tokens: Tensor, vocab_size: int) -> int:
     return int(tokens[(tokens < 0) | (tokens >= vocab_size)][0])
+
+
+def _dropout(x: Tensor, probability: float, training: bool) -> Tensor:
+    return F.dropout(x, probability) if training and probability else x
 
 
 @dataclass
@@ -42,6 +49,7 @@ class DecoderLayer(nn.Module):
         self.mlp = SwiGLU(C, config.intermediate_size)
         self.input_layernorm = RMSNorm(C, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(C, config.rms_norm_eps)
+        self.dropout = config.dropout
 
     def forward(
         self,
@@ -56,9 +64,9 @@ class DecoderLayer(nn.Module):
             y, residual = self.input_layernorm(x), x
         else:
             y, residual = self.input_layernorm(x, residual)
-        x = self.self_attn(y, rotary, positions, cache)
+        x = _dropout(self.self_attn(y, rotary, positions, cache), self.dropout, self.training)
         y, residual = self.post_attention_layernorm(x, residual)
-        return self.mlp(y), residual
+        return _dropout(self.mlp(y), self.dropout, self.training), residual
 
 
 class Backbone(nn.Module):
@@ -71,11 +79,21 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         assert config.head_dim is not None
         self.rotary = RotaryEmbedding(config.head_dim, config.max_position_embeddings, config.rope_theta)
+        self.dropout = config.dropout
+        self.checkpointed_layers = 0
 
     def forward(self, input_ids: Tensor, positions: Tensor | None, cache: KVCache | None) -> Tensor:
-        x, residual = self.embed_tokens(input_ids), None
-        for layer in self.layers:
-            x, residual = layer(x, residual, self.rotary, positions, cache)
+        x, residual = _dropout(self.embed_tokens(input_ids), self.dropout, self.training), None
+        checkpointed = self.checkpointed_layers if self.training and torch.is_grad_enabled() and cache is None else 0
+        for i, layer in enumerate(self.layers):
+            if i < checkpointed:
+                # Dropout alone draws random numbers, which the second run has to draw again.
+                x, residual = checkpoint(
+                    layer, x, residual, self.rotary, positions, None, use_reentrant=False,
+                    preserve_rng_state=self.dropout > 0,
+                )  # fmt: skip
+            else:
+                x, residual = layer(x, residual, self.rotary, positions, cache)
         y, _ = self.norm(x, residual)
         return y
 
@@ -106,6 +124,17 @@ class Decoder(nn.Module):
     def tie_weights(self) -> None:
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    def checkpoint_layers(self, n: int) -> None:
+        """Makes training keep only the inputs of the first n layers, which the backward pass then runs again.
+
+        Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016 (arXiv:1604.06174). Loss and gradients keep
+        their bits (for a forced backend see `llmcore.backend`). 0 recomputes nothing.
+        """
+        layers = self.config.num_hidden_layers
+        if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= layers:
+            raise ValueError(f"Decoder: checkpoint_layers is {n!r}; allowed: 0 to num_hidden_layers = {layers}.")
+        self.model.checkpointed_layers = n
 
     def forward(
         self,
