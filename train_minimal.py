@@ -66,7 +66,7 @@ def train(
     batches = Batches(corpus.train, config.batch_size, config.seq_len, config.seed)
     micro_size, _ = config.micro_batches(world.size)
     guard, spikes = Guard(world.device), Spikes()
-    meter = Meter(config.batch_size * config.seq_len, model.flops_per_token(config.seq_len))
+    meter = Meter(config.batch_size * config.seq_len, model.flops_per_token(config.seq_len), world.device, world.size)
     report.say(f"run     {run}, from {start.checkpoint or 'step 0'}")
     report.log(event="start", step=start.step, processes=world.size, bf16=bf16, config=config.to_dict())
 

@@ -9,6 +9,7 @@ from typing import Any
 CURVES = {
     "loss": "training loss, nats per token", "val_bpb": "held-out text, bits per byte", "lr": "learning rate",
     "grad_norm": "gradient norm", "tokens_per_second": "tokens a second", "tflops": "TFLOP/s",
+    "mfu": "MFU, share of the peak", "memory_gb": "largest memory, GB",
 }  # fmt: skip
 
 

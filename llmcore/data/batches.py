@@ -44,5 +44,6 @@ def validation_windows(tokens: np.ndarray, seq_len: int, max_tokens: int) -> np.
 
 def gather(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> tuple[Tensor, Tensor]:
     """Inputs and targets (len(starts), T) of the windows at `starts`."""
-    rows = torch.from_numpy(tokens[starts[:, None] + np.arange(seq_len + 1)].astype(np.int64))
-    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    rows = tokens[starts[:, None] + np.arange(seq_len + 1)].astype(np.int64)
+    # copied by numpy: PyTorch would start a team of threads for each thread of Prefetch
+    return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())

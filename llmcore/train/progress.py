@@ -14,8 +14,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llmcore.train.distributed import World
+from llmcore.train.peak import peak_tflops
 from llmcore.train.run import append_log
 from llmcore.train.sinks import Sink
+
+try:
+    import resource
+except ImportError:
+    resource = None  # type: ignore[assignment]
 
 SECONDS_BETWEEN_LINES = 5  # where each of them stays
 
@@ -23,44 +29,68 @@ SECONDS_BETWEEN_LINES = 5  # where each of them stays
 @dataclass(frozen=True)
 class Reading:
     """Mean loss (nats per token) over steps and ranks, the last gradient's norm before it was clipped, and the speed of
-    all ranks together. Steps whose loss is not finite do not count, unless all are."""
+    all ranks together. Steps whose loss is not finite do not count, unless all are.
+
+    mfu: the model's FLOPs (Chowdhery et al., arXiv:2204.02311, appendix B) as a share of the peak of all GPUs together;
+    None where the peak is not known. memory_gb: the largest memory of this process so far; None where it is not known.
+    """
 
     loss: float
     grad_norm: float
     tokens_per_second: float
     tflops: float
+    mfu: float | None
+    memory_gb: float | None
 
     def __str__(self) -> str:
-        return f"{self.tokens_per_second:,.0f} tokens/s  {self.tflops:.3f} TFLOP/s"
+        parts = [f"{self.tokens_per_second:,.0f} tokens/s", f"{self.tflops:.3f} TFLOP/s"]
+        if self.mfu is not None:
+            parts.append(f"MFU {100 * self.mfu:.1f} %")
+        if self.memory_gb is not None:
+            parts.append(f"{self.memory_gb:.1f} GB")
+        return "  ".join(parts)
 
 
 class Meter:
     """Mean loss and speed of the steps since the last reading. What runs inside `paused` does not count."""
 
-    def __init__(self, tokens_per_step: int, flops_per_token: float) -> None:
-        self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
-        self.loss = self.norm = torch.zeros(())
-        self.finite = torch.zeros(())
+    def __init__(self, tokens_per_step: int, flops_per_token: float, device: torch.device, world_size: int) -> None:
+        self.tokens_per_step, self.flops_per_token, self.device = tokens_per_step, flops_per_token, device
+        self.peak: float | None = None  # TFLOP/s of all devices
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            peak = peak_tflops(torch.cuda.get_device_name(device))
+            self.peak = None if peak is None else peak * world_size
+        self.zero = torch.zeros((), device=device)
+        self.loss = self.finite = self.norm = self.zero
         self.steps = 0
         self.began = time.perf_counter()
         self.seconds_paused = 0.0  # in all
 
     def add(self, loss: Tensor, norm: Tensor) -> None:
-        """One step's loss on this rank, and the norm of its gradient."""
+        """One step's loss on this rank, and the norm of its gradient, which is the same on all ranks."""
         finite = loss.detach().isfinite()
         self.loss = self.loss + torch.where(finite, loss.detach(), 0.0)
         self.finite = self.finite + finite
-        self.norm = norm
+        self.norm = norm.detach()
         self.steps += 1
 
     def read(self, world: World) -> Reading:
         """All ranks must call it."""
-        total, counted = world.sum(torch.stack([self.loss, self.finite])).tolist()  # waits for the device: honest time
+        sums = world.sum(torch.stack([self.loss, self.finite]))
+        # the one wait for the device, after which the time is honest
+        total, counted, norm = torch.cat([sums, self.norm.reshape(1)]).tolist()
         speed = self.steps * self.tokens_per_step / (time.perf_counter() - self.began)
+        tflops = speed * self.flops_per_token / 1e12
         reading = Reading(
-            total / counted if counted else math.nan, self.norm.item(), speed, speed * self.flops_per_token / 1e12
+            loss=total / counted if counted else math.nan,
+            grad_norm=norm,
+            tokens_per_second=speed,
+            tflops=tflops,
+            mfu=None if self.peak is None else tflops / self.peak,
+            memory_gb=peak_memory_gb(self.device),
         )
-        self.loss, self.finite = torch.zeros(()), torch.zeros(())
+        self.loss = self.finite = self.zero
         self.steps, self.began = 0, time.perf_counter()
         return reading
 
@@ -71,6 +101,17 @@ class Meter:
         seconds = time.perf_counter() - since
         self.began += seconds
         self.seconds_paused += seconds
+
+
+def peak_memory_gb(device: torch.device) -> float | None:
+    """In 1e9 bytes: of a GPU, the most that PyTorch has held of it; on a CPU, the most that this process has held
+    since it was started, or None where the system does not tell (Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if resource is None:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 class Report:
