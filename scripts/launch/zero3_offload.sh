@@ -1,0 +1,4 @@
+#!/usr/bin/env bash
+# ZeRO stage 3 on GPUS GPUs, the optimizer and the weights on the CPU.
+cd "$(dirname "$0")/../.." && exec torchrun --standalone --nproc-per-node "${GPUS:-8}" train_minimal.py \
+    --engine deepspeed --deepspeed configs/deepspeed/zero3_offload.json "$@"
