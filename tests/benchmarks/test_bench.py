@@ -4,17 +4,19 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
-from bench import compare, measure, mine, report, run_curves, run_errors
+from bench import compare, measure, mine, report, run_curves, run_errors, run_loop
 from bench.__main__ import RESULTS, ROOT
 from bench.ceilings import Ceilings
 from bench.ops import bench_attention, bench_rms_norm
 from bench.peers import load_peers
 from bench.timing import Rotated, peak_memory
 from llmcore import ops
+from llmcore.train import distributed
 from llmcore.train.config import TrainConfig
 
 CEILINGS = Ceilings(1e9, {torch.float32: 1e9, torch.bfloat16: 1e9}, 1e-6)
@@ -248,6 +250,42 @@ def test_curves_start_alike(monkeypatch):
     assert [r["candidate"] for r in found] == list(run_curves.CANDIDATES)
     ours, plain, away = (r["loss"] for r in found)
     assert ours == pytest.approx(plain, abs=1e-3) and away == pytest.approx(plain, abs=1e-3)
+
+
+def test_the_loops_share_is_what_its_parts_leave(monkeypatch):
+    def slow(*arguments):
+        time.sleep(0.02)
+        return seed_step(*arguments)
+
+    seed_step = distributed.seed_step
+    monkeypatch.setattr(distributed, "seed_step", slow)
+    before = [getattr(owner, name) for _, owner, name in run_loop.PARTS]
+    few = ["--batch_size", "1", "--seq_len", "64", "--eval_interval", "10", "--eval_tokens", "64"]
+    found = run_loop.measure(30, 5, few)
+    assert [getattr(owner, name) for _, owner, name in run_loop.PARTS] == before
+    spent = found["milliseconds"]
+    parts = {part for part, _, _ in run_loop.PARTS}
+    assert set(spent) == {"step", *parts} and all(spent[part] > 0 for part in parts)
+    assert spent["step"] == pytest.approx(sum(spent[part] for part in parts), abs=0.01)
+    assert 20 < spent["outside"] < 40, "the sleep, and neither validations nor checkpoints"
+    assert found["share outside"] == pytest.approx(spent["outside"] / spent["step"], abs=0.001)
+
+
+def test_time_in_a_part_that_another_calls_is_its_own_alone(monkeypatch):
+    class Work:
+        def outer(self):
+            time.sleep(0.03)
+            self.inner()
+
+        def inner(self):
+            time.sleep(0.06)
+
+    parts = (("outer", Work, "outer"), ("outside", Work, "inner"))
+    monkeypatch.setattr(run_loop, "PARTS", parts)
+    with run_loop.timers() as begun:
+        for _ in range(2):
+            Work().outer()
+    assert begun[1]["outside"] == pytest.approx(0.06, abs=0.02) and begun[1]["outer"] == pytest.approx(0.03, abs=0.02)
 
 
 def test_errors_are_relative_to_the_exact_values():
