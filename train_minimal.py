@@ -4,10 +4,12 @@
   python train_minimal.py --data.train my_texts/    your text: a file, or a folder of files
   python train_minimal.py --config configs/tiny.yaml --optimizer.lr 1e-3
   python train_minimal.py --num_gpus 8              eight processes (or: torchrun --nproc_per_node=8 train_minimal.py)
+  python train_minimal.py --num_gpus 8 --deepspeed configs/deepspeed/zero2.json        ... that share the model
   python train_minimal.py --resume auto             go on with the newest run
   python train_minimal.py --dry_run                 check everything and describe the run, train nothing
 
 A run has a directory runs/NAME with its configuration, log.jsonl and checkpoints, which llmcore.models.load reads.
+With several machines it must be on a disk that all of them see.
 
 Ctrl-C and SIGTERM let the step finish and save it. Exit codes: 0 all is well, 1 the training failed, 2 the input is
 wrong, 130 interrupted (143 by SIGTERM).
@@ -22,23 +24,23 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from llmcore import models
-from llmcore.data import Batches, Corpus, DataError, gather, load_corpus, validation_windows
-from llmcore.train import distributed
-from llmcore.train.average import Average
-from llmcore.train.checkpoint import CheckpointError, load_checkpoint, point, require_model, save_checkpoint, tidy
+from llmcore.data import Batches, Corpus, DataError, Prefetch, gather, load_corpus, validation_windows
+from llmcore.train import distributed, launch
+from llmcore.train.checkpoint import CheckpointError, SaveError, point, require_model
 from llmcore.train.config import ConfigError, SampleConfig, TrainConfig, model_config
 from llmcore.train.describe import describe
 from llmcore.train.distributed import World
+from llmcore.train.engine import Engine, Plan, build_engine, make_plan
 from llmcore.train.guard import Guard, Spikes
-from llmcore.train.machine import keep_freed_memory, require_backends, use_bf16
-from llmcore.train.optimizer import build_optimizer
+from llmcore.train.machine import be_deterministic, keep_freed_memory, require_backends
 from llmcore.train.parse import parse
+from llmcore.train.profile import Profile
 from llmcore.train.progress import Meter, Report
 from llmcore.train.run import Start, find_start, how_to_go_on, open_run
+from llmcore.train.saver import Saver
 from llmcore.train.schedule import learning_rate, progress
 from llmcore.train.sinks import open_sinks, require_sinks
 from llmcore.train.stop import Stop, Stopped
@@ -49,158 +51,153 @@ class TrainingError(RuntimeError):
 
 
 def train(
-    config: TrainConfig, start: Start, run: Path, corpus: Corpus, world: World, stop: Stop, report: Report
+    config: TrainConfig, plan: Plan, start: Start, run: Path, corpus: Corpus, world: World, stop: Stop, report: Report
 ) -> None:
     """One run, from `start` to the sample, or to a signal. All ranks call it; only the first writes and prints."""
-    # The model, with the same weights on all ranks.
+    # The model, with the same weights on all ranks; the engine shares out the work, and the model if it is asked to.
     torch.manual_seed(config.seed)
-    model = models.build(model_config(config)).to(world.device)
-    optimizer = build_optimizer(model, config.optimizer)
-    average = Average(model, config.ema_decay) if config.ema_decay else None
+    model = models.build(model_config(config))
+    engine = build_engine(model, config, plan, world)
     if start.checkpoint is not None:
-        load_checkpoint(start.checkpoint, model, optimizer, average)
-    parallel: nn.Module = distributed.replicate(model, config.seq_len) if world.size > 1 else model
-    bf16 = use_bf16(config.precision, world.device)
-    autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=bf16)
+        engine.restore(start.checkpoint, start.scale)
 
-    batches = Batches(corpus.train, config.batch_size, config.seq_len, config.seed)
-    micro_size, _ = config.micro_batches(world.size)
+    global_batch = config.global_batch(world.size)
+    batches = Batches(corpus.train, global_batch, config.seq_len, config.seed)
+    batch = Prefetch(batches, world.device, world.rank, world.size, config.data.workers)
     guard, spikes = Guard(world.device), Spikes()
-    meter = Meter(config.batch_size * config.seq_len, model.flops_per_token(config.seq_len), world.device, world.size)
+    flops_per_token = model.flops_per_token(config.seq_len)
+    meter = Meter(global_batch * config.seq_len, flops_per_token, world.device, world.size)
+    saver = Saver(run, world, model.config, config.keep_checkpoints, report.say)
+    profile = Profile(run, config.profile_steps, world.rank == 0, report.say)
     report.say(f"run     {run}, from {start.checkpoint or 'step 0'}")
-    report.log(event="start", step=start.step, processes=world.size, bf16=bf16, config=config.to_dict())
+    report.log(event="start", step=start.step, processes=world.size, engine=plan.engine, precision=plan.precision,
+               config=config.to_dict())  # fmt: skip
 
     def elapsed() -> float:
         return time.perf_counter() - began - meter.seconds_paused
 
-    def averaged() -> contextlib.AbstractContextManager[None]:
-        return average.applied(model) if average else contextlib.nullcontext()
-
     def validate(max_tokens: int) -> float:
         seconds = elapsed()
-        with meter.paused(), averaged(), autocast:
-            bits = bits_per_byte(model, corpus, max_tokens, config.seq_len, micro_size, world)
+        with meter.paused(), engine.averaged():
+            bits = bits_per_byte(engine, corpus, max_tokens, config.seq_len, config.batch_size)
         report.log(step=step, seconds=seconds, val_bpb=bits)
         report.say(f"step {step}  held-out text: {bits:.4f} bits per byte")
         require_finite("the loss on the held-out text", bits, step)
         return bits
 
     def save() -> None:
-        seconds = elapsed()
+        facts = {"seconds": elapsed(), "config": config.to_dict(), "text": corpus.fingerprint, "best": asdict(best),
+                 "global_batch": global_batch}  # fmt: skip
         with meter.paused():
-            require_finite("the largest weight", world.on_first(lambda: largest_weight(model)), step)
-            state = (model, optimizer, config.to_dict(), corpus.fingerprint, average, best)
-            path = world.on_first(lambda: save_checkpoint(run, step, seconds, *state))
-            world.on_first(lambda: tidy(run, config.keep_checkpoints, best))
-            report.say(f"step {step}  checkpoint: {path}")
+            require_finite("the largest weight", engine.largest_weight(), step)
+            saver.save(step, engine.snapshot(), facts, best)
 
-    best, max_steps = start.best, config.steps(corpus.train.size)
+    best, max_steps = start.best, config.steps(corpus.train.size, world.size)
     step = saved = start.step
     began = time.perf_counter() - start.seconds
-    while True:
-        seconds = elapsed()
-        if config.max_seconds is not None:
-            seconds = world.from_first(seconds)  # all ranks must stop at the same step
-        done = progress(step, seconds, max_steps, config.max_seconds)
-        if done >= 1:
-            break
+    with saver, batch, profile:
+        while True:
+            seconds = elapsed()
+            if config.max_seconds is not None:
+                seconds = world.from_first(seconds)  # all ranks must stop at the same step
+            done = progress(step, seconds, max_steps, config.max_seconds)
+            if done >= 1:
+                break
 
-        # The batch: a function of the seed and the step, of which this rank takes its slice.
-        distributed.seed_step(config.seed, step, world.rank)
-        inputs, targets = (tokens.to(world.device) for tokens in batches(step, world.rank, world.size))
+            # The batch: a function of the seed and the step, of which this rank takes its slice.
+            inputs, targets = batch(step)
 
-        # The loss and its gradients, averaged over the ranks.
-        loss = forward_backward(parallel, inputs, targets, micro_size, autocast)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip or math.inf)
+            # The loss and its gradient, averaged over the tokens of all ranks.
+            loss = forward_backward(engine, inputs, targets, step)
 
-        # The step; not made, on any rank, where the gradient is not finite.
-        lr = learning_rate(config.optimizer, step, done)
-        optimizer.set_learning_rate(lr)
-        optimizer.step(skip=guard.check(norm))
-        optimizer.zero_grad()
-        if average:
-            average.update(model, step)
-        step += 1
+            # The step; not made, on any rank, where the gradient is not finite.
+            lr = learning_rate(config.optimizer, step, done)
+            norm = engine.step(lr, step)
+            guard.check(norm)
+            step += 1
+            profile.step()
 
-        meter.add(loss, norm)
-        if step % config.log_interval == 0 or step == max_steps:
-            now = meter.read(world)
-            skipped, in_a_row = guard.read()
-            report.log(step=step, seconds=elapsed(), lr=lr, skipped=skipped, **asdict(now))
-            report.show(f"step {step}  loss {now.loss:.4f}  lr {lr:.2e}  {now}", done)
-            if in_a_row >= config.max_skipped:
-                raise TrainingError(
-                    f"the gradient was not finite in {in_a_row} steps in a row, up to step {step}; lower optimizer.lr"
-                )
-            if (usual := spikes.find(now.loss)) is not None:
-                report.say(f"step {step}  the loss jumped from about {usual:.4f} to {now.loss:.4f}")
-        if config.eval_interval and step % config.eval_interval == 0:
-            best.update(validate(config.eval_tokens), step)
-        if best.step == step or (config.checkpoint_interval and step % config.checkpoint_interval == 0):
-            save()
-            saved = step
-        if number := world.most(stop.number):
-            if step != saved:
+            meter.add(loss, norm)
+            if step % config.log_interval == 0 or step == max_steps:
+                now = meter.read(world)
+                skipped, in_a_row = guard.read()
+                report.log(step=step, seconds=elapsed(), lr=lr, skipped=skipped, **asdict(now))
+                report.show(f"step {step}  loss {now.loss:.4f}  lr {lr:.2e}  {now}", done)
+                if in_a_row >= config.max_skipped:
+                    raise TrainingError(
+                        f"the gradient was not finite in {in_a_row} steps in a row, up to step {step}; lower "
+                        "optimizer.lr"
+                    )
+                if (usual := spikes.find(now.loss)) is not None:
+                    report.say(f"step {step}  the loss jumped from about {usual:.4f} to {now.loss:.4f}")
+            if config.eval_interval and step % config.eval_interval == 0:
+                best.update(validate(config.eval_tokens), step)
+            if best.step == step or (config.checkpoint_interval and step % config.checkpoint_interval == 0):
                 save()
-            raise Stopped(number)
-        if best.is_lost(config.patience):
-            report.say(f"step {step}  no better validation since step {best.step}: the run stops here")
-            break
+                saved = step
+            if number := world.most(stop.number or saver.poll()):
+                saver.finish()
+                if step != saved:
+                    save()
+                    saver.finish()
+                raise Stopped(number)
+            if best.is_lost(config.patience):
+                report.say(f"step {step}  no better validation since step {best.step}: the run stops here")
+                break
 
-    report.close()
-    if step != saved:
-        save()
-    world.on_first(lambda: point(run, "final", step))
-    validate(config.final_eval_tokens)
-    if world.rank == 0 and config.sample.tokens:
-        with averaged():
-            print(f"\n{sample(model, config.sample, config.seed)}")
+        report.close()
+        if step != saved:
+            save()
+        saver.finish()
+        world.on_first(lambda: point(run, "final", step))
+        validate(config.final_eval_tokens)
+        if config.sample.tokens:
+            with engine.averaged():
+                text = sample(model, config.sample, config.seed)
+            report.say(f"\n{text}")
 
 
-def forward_backward(
-    model: nn.Module, inputs: Tensor, targets: Tensor, micro_size: int, autocast: torch.autocast
-) -> Tensor:
-    """The mean loss of this rank's slice. Gradients add up over micro-batches; in the last, over ranks as well."""
-    pairs = list(zip(inputs.split(micro_size), targets.split(micro_size), strict=True))
-    total = torch.zeros((), device=inputs.device)
-    for count, (x, y) in enumerate(pairs, start=1):
-        more = count < len(pairs)
-        with model.no_sync() if more and isinstance(model, DistributedDataParallel) else contextlib.nullcontext():
-            with autocast:
-                loss = model(x, y).loss / len(pairs)
-            loss.backward()
+def forward_backward(engine: Engine, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
+    """This rank's share of the mean loss over all tokens of the step, and its gradient. The mean of the ranks' shares
+    is the loss, whatever the number of ranks and of forward passes."""
+    config, world = engine.config, engine.world
+    pairs = list(zip(inputs.split(config.batch_size), targets.split(config.batch_size), strict=True))
+    tokens = torch.stack([(y != -100).sum() for _, y in pairs])
+    weights = tokens * world.size / world.sum(tokens.sum()).clamp(min=1)
+    total = torch.zeros((), device=world.device)
+    for i, (x, y) in enumerate(pairs):
+        distributed.seed_step(config.seed, step, i, world.rank)
+        with engine.micro_step(last=i == len(pairs) - 1):
+            loss = engine.loss(x, y) * weights[i]
+            engine.backward(loss)
         total += loss.detach()
     return total
 
 
 @torch.no_grad()
-def bits_per_byte(
-    model: nn.Module, corpus: Corpus, max_tokens: int, seq_len: int, batch_size: int, world: World
-) -> float:
-    """Mean loss, in bits, on windows of the held-out text, always the same ones, shared out to the ranks."""
+def bits_per_byte(engine: Engine, corpus: Corpus, max_tokens: int, seq_len: int, batch_size: int) -> float:
+    """Mean loss, in bits, on windows of the held-out text, always the same ones, shared out to the ranks, which make
+    equally many forward passes."""
+    world = engine.world
     windows = validation_windows(corpus.valid, seq_len, max_tokens)
-    model.eval()
+    engine.model.eval()
     total = torch.zeros((), device=world.device)
-    mine = windows[world.rank :: world.size]
-    for i in range(0, len(mine), batch_size):
-        inputs, targets = gather(corpus.valid, mine[i : i + batch_size], seq_len)
-        total += model(inputs.to(world.device), targets.to(world.device)).loss * len(inputs)
-    model.train()
+    for i in range(world.rank * batch_size, world.rank * batch_size + len(windows), world.size * batch_size):
+        mine = windows[i : i + batch_size]
+        inputs, targets = gather(corpus.valid, mine if len(mine) else windows[:1], seq_len)
+        total += engine.loss(inputs.to(world.device), targets.to(world.device)) * len(mine)
+    engine.model.train()
     return world.sum(total).item() / len(windows) / math.log(2)
 
 
 def sample(model: models.Decoder, config: SampleConfig, seed: int) -> str:
     """The prompt and what the model makes of it."""
     torch.manual_seed(seed)
+    model.eval()
     prompt = torch.tensor([list(config.prompt.encode())], device=next(model.parameters()).device)
     new = model.generate(prompt, config.tokens, config.temperature, config.top_k, config.top_p, stream=True)
     tokens = [*prompt[0].tolist(), *(int(token) for token in new)]
     return bytes(token for token in tokens if token < 256).decode(errors="replace")
-
-
-def largest_weight(model: nn.Module) -> float:
-    """Not a number where one of them is not."""
-    return torch.stack([parameter.detach().abs().max() for parameter in model.parameters()]).max().item()
 
 
 def require_finite(name: str, value: float, step: int) -> None:
@@ -210,7 +207,7 @@ def require_finite(name: str, value: float, step: int) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """What the command line asks for; the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv = launch.adopt_launcher(sys.argv[1:] if argv is None else argv)
     run: Path | None = None
     try:
         # Whatever can be wrong with the input shows here, before a process is started or a file is written.
@@ -219,44 +216,65 @@ def main(argv: list[str] | None = None) -> int:
         if start.config is not None:
             config = parse(argv, __doc__, start.config)
         config.check()
+        world_size = launch.world_size(config.num_gpus, config.engine)
+        if start.global_batch is not None and config.same_batch(start.config):
+            config = config.share(start.global_batch, world_size)
         if start.checkpoint is not None:
             require_model(start.checkpoint, model_config(config))
         corpus = load_corpus(config.data.train, config.data.valid)
         corpus.require(config.seq_len)
-        if not any(argument.startswith("--data.") for argument in argv):
+        if not any(argument.startswith(("--data.train", "--data.valid")) for argument in argv):
             start.require_text(corpus)
-        world_size = distributed.world_size(config.num_gpus)
-        device = distributed.device(world_size)
+        device = launch.device(world_size)
+        plan = make_plan(config, world_size, device)
         require_backends(device)
         require_sinks(config.log)
-        overview = describe(config, corpus, world_size, device, use_bf16(config.precision, device))
+        overview = describe(config, plan, corpus, world_size, device)
 
-        if world_size > 1 and not distributed.launched() and not config.dry_run:
-            return distributed.launch(world_size, [sys.executable, os.path.abspath(__file__), *argv])
-        if distributed.is_first():
+        if world_size > 1 and not launch.launched() and not config.dry_run:
+            return launch.launch(world_size, [sys.executable, os.path.abspath(__file__), *argv])
+        if launch.is_first():
             print(overview, flush=True)
         if config.dry_run:
             return 0
         keep_freed_memory()
-        with distributed.join(device) as world, Stop(alone=world.size == 1) as stop:
-            run = world.on_first(lambda: open_run(config, start))
+        be_deterministic(config.deterministic)
+        alone = plan.engine == "single"
+        with (
+            distributed.join(device, alone) as world,
+            Stop(alone=world.size == 1) as stop,
+            contextlib.ExitStack() as held,
+        ):
+            world.agree(
+                {
+                    "source code": distributed.code_digest(Path(__file__)),
+                    "configuration": distributed.digest(config, plan),
+                    "text": distributed.digest(corpus.fingerprint),
+                    "checkpoint": start.digest,
+                }
+            )
+            run = world.on_first(lambda: open_run(config, start, held))
             sinks = open_sinks(run, start.step, config.log, config.to_dict()) if world.rank == 0 else []
             with Report(run, world.rank == 0, sinks) as report:
-                train(config, start, run, corpus, world, stop, report)
+                train(config, plan, start, run, corpus, world, stop, report)
         return 0
     except (ConfigError, CheckpointError, DataError) as error:
         return fail(error, 2)
-    except TrainingError as error:
+    except (TrainingError, SaveError) as error:
         return fail(f"{error}; {how_to_go_on(run)}.", 1)
     except Stopped as stopped:
         return fail(f"interrupted by {stopped}; {how_to_go_on(run)}.", 128 + stopped.number)
     except KeyboardInterrupt:
         return fail(f"interrupted; {how_to_go_on(run)}.", 130)
+    except RuntimeError as error:
+        if not distributed.is_lost(error):
+            raise
+        return fail(f"another process of the run is gone; {how_to_go_on(run)}.", 1)
 
 
 def fail(message: object, code: int) -> int:
     """Say what is wrong, once a machine."""
-    if distributed.is_first():
+    if launch.is_first():
         print(f"train_minimal.py: {message}", file=sys.stderr)
     else:
         time.sleep(2)  # the launcher ends all processes when one ends: let the first one speak

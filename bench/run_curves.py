@@ -13,13 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from bench.plain_model import PlainTwin
-from bench.training import train
+from bench.training import engine_for, held_out, train
 from llmcore import models
 from llmcore.data import load_corpus
 from llmcore.train.config import TrainConfig, model_config
-from llmcore.train.distributed import World
 from llmcore.train.machine import use_bf16
-from train_minimal import bits_per_byte
 
 CANDIDATES = ("llmcore", "plain PyTorch", "plain PyTorch, one ulp away")
 EVERY = 10  # steps of which the mean loss is kept
@@ -47,13 +45,11 @@ def run(steps: int, done: set[str], config: TrainConfig | None = None) -> Iterat
                 weights = model.state_dict()
                 away = moved_by_one_ulp(weights, config.seed) if candidate.endswith("away") else weights
                 model = PlainTwin(settings, away)
-            losses = [float(loss) for loss in train(model, config, corpus, bf16, steps, None)]
+            engine = engine_for(model, config, bf16)
+            losses = [float(loss) for loss in train(engine, corpus, steps, None)]
             means = [round(statistics.fmean(losses[i : i + EVERY]), 5) for i in range(0, steps, EVERY)]
-            world = World(0, 1, torch.device("cpu"))
-            held_out = bits_per_byte(model, corpus, config.final_eval_tokens, config.seq_len, config.batch_size, world)
-            print(
-                f"{name:40} {steps} steps, last loss {means[-1]:.4f}, held-out bits per byte {held_out:.4f}", flush=True
-            )
+            bits = held_out(engine, corpus)
+            print(f"{name:40} {steps} steps, last loss {means[-1]:.4f}, held-out bits per byte {bits:.4f}", flush=True)
             yield {
                 "candidate": candidate,
                 "name": name,
@@ -61,5 +57,5 @@ def run(steps: int, done: set[str], config: TrainConfig | None = None) -> Iterat
                 "steps": steps,
                 "every": EVERY,
                 "loss": means,
-                "held-out bits per byte": round(held_out, 4),
+                "held-out bits per byte": round(bits, 4),
             }

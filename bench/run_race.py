@@ -10,13 +10,11 @@ import torch
 from torch import nn
 
 from bench.plain_model import PlainTwin
-from bench.training import train
+from bench.training import engine_for, held_out, train
 from llmcore import models
 from llmcore.data import load_corpus
 from llmcore.train.config import TrainConfig, model_config
-from llmcore.train.distributed import World
 from llmcore.train.machine import use_bf16
-from train_minimal import bits_per_byte
 
 
 def run(seconds: float) -> Iterator[dict[str, Any]]:
@@ -29,15 +27,14 @@ def run(seconds: float) -> Iterator[dict[str, Any]]:
         model: nn.Module = models.build(settings)
         if name != "llmcore":
             model = PlainTwin(settings, model.state_dict())
-        steps = sum(1 for _ in train(model, config, corpus, low, None, seconds))
-        world = World(0, 1, torch.device("cpu"))
-        bits = bits_per_byte(model, corpus, config.final_eval_tokens, config.seq_len, config.batch_size, world)
+        engine = engine_for(model, config, low)
+        steps = sum(1 for _ in train(engine, corpus, None, seconds))
         record = {
             "candidate": f"{name} {'bf16' if low else 'fp32'}",
             "seconds": seconds,
             "steps": steps,
             "tokens": steps * config.batch_size * config.seq_len,
-            "held-out bits per byte": round(bits, 4),
+            "held-out bits per byte": round(held_out(engine, corpus), 4),
         }
         print("  ".join(f"{k}: {v}" for k, v in record.items()), flush=True)
         yield record

@@ -19,6 +19,11 @@ def save(model: Decoder, path: str | os.PathLike[str]) -> None:
     Raises:
         FileExistsError: the directory already holds a model; nothing is overwritten.
     """
+    write(model.state_dict(), model.config, path)
+
+
+def write(weights: dict[str, Tensor], config: ModelConfig, path: str | os.PathLike[str]) -> None:
+    """As `save`, from the model's state dict."""
     from safetensors.torch import save_file
 
     folder = Path(path)
@@ -26,13 +31,13 @@ def save(model: Decoder, path: str | os.PathLike[str]) -> None:
         if (folder / name).exists():
             raise FileExistsError(f"save: {folder / name} exists; choose an empty directory, nothing is overwritten.")
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        del state["lm_head.weight"]
+    state = {name: tensor.contiguous() for name, tensor in weights.items()}
+    if config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
     partial = folder / f"{WEIGHTS}.partial"
     save_file(state, partial, metadata={"format": "pt"})
     os.replace(partial, folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def load(path: str | os.PathLike[str]) -> Decoder:

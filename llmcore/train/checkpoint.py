@@ -5,7 +5,8 @@
     step_100/ema/                             the average of the weights, a model of its own, where the run keeps one
     step_100/meta.json                        step, seconds, configuration, commit, versions, SHA-256 of text and files
 
-It is written to step_100.tmp, flushed to the disk and renamed; it is verified before it is read; nothing is unpickled.
+The same whatever engine and however many processes trained it. It is written to step_100.tmp, flushed to the disk and
+renamed; it is verified before it is read; nothing is unpickled.
 """
 
 import hashlib
@@ -15,69 +16,79 @@ import platform
 import re
 import shutil
 import subprocess
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor
 
 from llmcore import models
 from llmcore._version import __version__
-from llmcore.train.average import Average
 from llmcore.train.best import Best
-from llmcore.train.optimizer import Optimizers
 
 META, OPTIMIZER, EMA = "meta.json", "optimizer.safetensors", "ema"
+BLANK = "0" * 64
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, truncated, corrupted or of another model; the message names the file."""
 
 
-def save_checkpoint(
-    run: Path,
-    step: int,
-    seconds: float,
-    model: models.Decoder,
-    optimizer: Optimizers,
-    config: dict[str, Any],
-    text: dict[str, Any],
-    average: Average | None = None,
-    best: Best | None = None,
-) -> Path:
-    """Write run/step_N. One process only calls this; the others wait."""
+class SaveError(RuntimeError):
+    """Something of the run could not be written; the message names it and says why."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What training has made so far, whole, on the CPU: weights by name, moments as name.moment, the average of the
+    weights by name, and the state of the loss scale."""
+
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    average: dict[str, Tensor] | None = None
+    scale: dict[str, float] | None = None
+
+
+def save_checkpoint(run: Path, step: int, snapshot: Snapshot, model: models.ModelConfig, facts: dict[str, Any]) -> Path:
+    """Write run/step_N, or nothing: then a SaveError says why. `facts` go into meta.json as they are."""
     final, temporary = run / f"step_{step}", run / f"step_{step}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was cut off while writing
-    temporary.mkdir(parents=True)
-    models.save(model, temporary)
-    save_file(_optimizer_tensors(model, optimizer), temporary / OPTIMIZER)
-    if average is not None:
-        with average.applied(model):
-            models.save(model, temporary / EMA)
-    written = sorted(path for path in temporary.rglob("*") if path.is_file())
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was cut off while writing
+        _write(temporary, step, snapshot, model, facts)
+        os.rename(temporary, final)
+        _flush(run)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or str(error)
+        raise SaveError(f"the checkpoint {final} could not be written: {reason}") from error
+    return final
+
+
+def _write(folder: Path, step: int, snapshot: Snapshot, model: models.ModelConfig, facts: dict[str, Any]) -> None:
+    folder.mkdir(parents=True)
+    models.write(snapshot.weights, model, folder)
+    save_file({name: value.contiguous() for name, value in snapshot.moments.items()}, folder / OPTIMIZER)
+    if snapshot.average is not None:
+        models.write(snapshot.average, model, folder / EMA)
+    written = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {
-        file.relative_to(temporary).as_posix(): {"size": file.stat().st_size, "sha256": _sha256(file)}
-        for file in written
+        file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": _sha256(file)} for file in written
     }
     meta = {
         "step": step,
-        "seconds": seconds,
-        "config": config,
-        "text": text,
-        "best": asdict(best or Best()),
+        **facts,
+        "scale": snapshot.scale,
         "git_commit": git_commit(),
         "versions": {"llmcore": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "files": files,
     }
-    (temporary / META).write_text(json.dumps({**meta, "sha256": _sha256_of(meta)}, indent=1) + "\n")
-    for path in [*temporary.rglob("*"), temporary]:
+    text = json.dumps({**meta, "sha256": BLANK}, indent=1) + "\n"
+    (folder / META).write_bytes(_signed(text.encode(), BLANK))
+    for path in [*folder.rglob("*"), folder]:
         _flush(path)
-    os.rename(temporary, final)
-    _flush(run)
-    return final
 
 
 def verify(checkpoint: Path) -> dict[str, Any]:
@@ -87,12 +98,14 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / META
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: {checkpoint} is no checkpoint, or not a whole one.")
+    content = path.read_bytes()
     try:
-        meta = json.loads(path.read_bytes())
+        meta = json.loads(content)
         recorded = meta.pop("sha256")
+        signed = _signed(content, recorded)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path} is corrupted: it is not the JSON that was written.") from error
-    if recorded != _sha256_of(meta):
+    if content != signed:
         raise CheckpointError(f"{path} is corrupted: it does not match its own SHA-256.")
     for name, facts in meta["files"].items():
         file = checkpoint / name
@@ -119,28 +132,9 @@ def require_model(checkpoint: Path, config: models.ModelConfig) -> None:
             raise CheckpointError(f"{checkpoint} holds a model with {name}={value}; this run asks for {asked}.")
 
 
-def load_checkpoint(
-    checkpoint: Path, model: models.Decoder, optimizer: Optimizers, average: Average | None = None
-) -> None:
-    """Put a verified checkpoint of the same model into `model`, `optimizer` and `average`, which where the checkpoint
-    has none starts from the weights."""
-    model.load_state_dict(models.load(checkpoint).state_dict())
-    if average is not None:
-        average.load(models.load(checkpoint / EMA if (checkpoint / EMA).is_dir() else checkpoint).state_dict())
-    parameters = dict(model.named_parameters())
-    with safe_open(checkpoint / OPTIMIZER, framework="pt") as file:
-        names = list(file.keys())
-        if {name.rpartition(".")[0] for name in names} != set(parameters):
-            raise CheckpointError(f"{checkpoint / OPTIMIZER} does not hold the state of this model's parameters.")
-        for name in names:
-            parameter, _, moment = name.rpartition(".")
-            owner = parameters[parameter]
-            if moment not in optimizer.moments_of(owner):
-                raise CheckpointError(
-                    f"{checkpoint / OPTIMIZER} holds the state of another optimizer: {moment} of {parameter}; "
-                    "resume with the optimizer.kind it was trained with."
-                )
-            optimizer.state_of(owner)[moment] = file.get_tensor(name).to(owner.device)
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    """The state dict of the model in a checkpoint, or in its average."""
+    return models.load(folder).state_dict()
 
 
 def checkpoints(run: Path) -> dict[int, Path]:
@@ -189,14 +183,6 @@ def git_commit() -> str | None:
         return None
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}.{moment}": value.contiguous()
-        for name, parameter in model.named_parameters()
-        for moment, value in optimizer.state_of(parameter).items()
-    }
-
-
 def _sha256(file: Path) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as stream:
@@ -205,8 +191,10 @@ def _sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _sha256_of(meta: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+def _signed(content: bytes, digest: str) -> bytes:
+    """meta.json with, in place of `digest`, the SHA-256 of what it is with zeros there."""
+    blank = content.replace(digest.encode(), BLANK.encode())
+    return blank.replace(BLANK.encode(), hashlib.sha256(blank).hexdigest().encode())
 
 
 def _flush(path: Path) -> None:

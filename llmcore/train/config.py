@@ -1,7 +1,7 @@
 """What a training run can be told: its keys, their defaults, units and limits. parse.py fills them in."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from llmcore.models import ModelConfig
@@ -19,6 +19,8 @@ class DataConfig:
     """Text file or folder to train on; null is the standard library of this Python, about 10 MB."""
     valid: str | None = None
     """Text file or folder to validate on; null holds out about 5 % of data.train (of a folder, whole files)."""
+    workers: int = 0
+    """Threads that prepare batches ahead; 0 prepares each when it is needed."""
 
 
 @dataclass
@@ -87,10 +89,18 @@ class TrainConfig:
     """Model preset."""
     model: dict[str, Any] = field(default_factory=dict)
     """Fields of the preset to change, such as --model.num_hidden_layers 6."""
+    engine: Literal["auto", "single", "ddp", "deepspeed"] = "auto"
+    """Who shares the work: one process; DDP, each with a copy of the model; DeepSpeed, which shards it (ZeRO). Auto is
+    deepspeed where `deepspeed` names a file, ddp for several processes, single for one."""
+    deepspeed: str | None = None
+    """DeepSpeed's JSON file, such as configs/deepspeed/zero2.json."""
     batch_size: int = 8
-    """Sequences per step, over all processes."""
-    micro_batch_size: int | None = None
-    """Sequences per process and forward pass; smaller saves memory by accumulating gradients. Null is all at once."""
+    """Sequences per device in a forward pass."""
+    gradient_accumulation: int = 1
+    """Forward passes per step, whose gradients add up: a step takes batch_size * gradient_accumulation sequences on
+    each device."""
+    activation_checkpointing: int | Literal["all"] = 0
+    """Layers, from the first, that compute their activations again in the backward pass instead of keeping them."""
     seq_len: int = 256
     """Tokens per sequence."""
     max_steps: int | None = 1500
@@ -100,14 +110,19 @@ class TrainConfig:
     max_seconds: float | None = None
     """Stop after this many seconds of training, validations and checkpoints aside; null is no limit. The schedule
     follows whichever limit is nearer; where that is the time, a run cannot be repeated exactly."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the matrix products; weights are always fp32. Auto is bf16 where the processor gains from it."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the matrix products; the weights that are trained are fp32. Auto is bf16 where the processor gains
+    from it, and under DeepSpeed what its file says. fp16 scales the loss."""
+    deterministic: bool = False
+    """The same bits from every run on a GPU too, at some cost; CPUs give them anyway."""
     num_gpus: int | None = None
     """Start this many processes, one per GPU (on the CPU where there is no GPU). Null is one, or torchrun's number."""
     seed: int = 0
     """Of the weights, the batches and the sample."""
     log_interval: int = 10
     """Steps between two lines of the log."""
+    profile_steps: int = 0
+    """Profile so many steps, after a few to warm up: a trace and a table of operations in the run's folder profile."""
     eval_interval: int = 250
     """Steps between two validations; 0 validates at the end only."""
     eval_tokens: int = 65536
@@ -144,7 +159,9 @@ class TrainConfig:
         """Raise a ConfigError if a value is out of its range."""
         for name, value, low, high in (
             ("batch_size", self.batch_size, 1, None),
-            ("micro_batch_size", self.micro_batch_size, 1, None),
+            ("gradient_accumulation", self.gradient_accumulation, 1, None),
+            ("profile_steps", self.profile_steps, 0, None),
+            ("data.workers", self.data.workers, 0, 64),
             ("seq_len", self.seq_len, 1, None),
             ("max_steps", self.max_steps, 1, None),
             ("epochs", self.epochs, 0, None),
@@ -185,6 +202,20 @@ class TrainConfig:
             )
         if self.epochs == 0:
             raise ConfigError("epochs is 0; allowed is more than 0.")
+        if self.deepspeed is not None and self.engine not in ("auto", "deepspeed"):
+            raise ConfigError(
+                f"engine is {self.engine}, but deepspeed names {self.deepspeed}; leave one of them out, or give "
+                "--engine deepspeed."
+            )
+        if self.engine == "deepspeed" and self.deepspeed is None:
+            raise ConfigError(
+                "engine is deepspeed, but deepspeed names no file; ready ones are in configs/deepspeed, such as "
+                "--deepspeed configs/deepspeed/zero2.json."
+            )
+        if isinstance(self.activation_checkpointing, int) and self.activation_checkpointing < 0:
+            raise ConfigError(
+                f"activation_checkpointing is {self.activation_checkpointing}; allowed is at least 0, or all."
+            )
         if self.patience is not None and not self.eval_interval:
             raise ConfigError(f"patience is {self.patience}, but eval_interval is 0, so that nothing is validated.")
         if self.sample.top_p == 0:
@@ -195,29 +226,40 @@ class TrainConfig:
             ("data.valid", self.data.valid),
             ("out_dir", self.out_dir),
             ("resume", self.resume),
+            ("deepspeed", self.deepspeed),
         ):
             if text is not None and not _is_utf8(text):
                 raise ConfigError(f"{name} is {ascii(text)}; allowed is text that UTF-8 can encode.")
         if not self.sample.prompt and self.sample.tokens:
             raise ConfigError("sample.prompt is empty; a sample needs at least one character to continue.")
 
-    def steps(self, train_tokens: int) -> int | None:
+    def global_batch(self, world_size: int) -> int:
+        """Sequences in a step, over all processes."""
+        return self.batch_size * self.gradient_accumulation * world_size
+
+    def steps(self, train_tokens: int, world_size: int) -> int | None:
         """The limit in steps, of a text of so many tokens."""
         if self.epochs is None:
             return self.max_steps
-        return math.ceil(self.epochs * train_tokens / (self.batch_size * self.seq_len))
+        return math.ceil(self.epochs * train_tokens / (self.global_batch(world_size) * self.seq_len))
 
-    def micro_batches(self, world_size: int) -> tuple[int, int]:
-        """(size, count) of the forward passes of one process in a step."""
-        multiple = world_size * (self.micro_batch_size or 1)
-        if self.batch_size % multiple:
-            micro = "" if self.micro_batch_size is None else f" with micro_batch_size={self.micro_batch_size}"
+    def same_batch(self, other: dict[str, Any] | None) -> bool:
+        """Whether each device takes what it took by another configuration."""
+        return other is not None and all(
+            getattr(self, name) == other.get(name) for name in ("batch_size", "gradient_accumulation")
+        )
+
+    def share(self, global_batch: int, world_size: int) -> "TrainConfig":
+        """The same run with `global_batch` sequences a step on so many processes: batch_size at most as it is, and
+        gradient_accumulation to match."""
+        each, rest = divmod(global_batch, world_size)
+        if rest:
             raise ConfigError(
-                f"batch_size is {self.batch_size}; allowed is a multiple of {multiple}, "
-                f"as there are {world_size} processes{micro}."
+                f"the run was made with {global_batch} sequences a step, which {world_size} processes cannot share "
+                "evenly; give --batch_size and --gradient_accumulation to go on with another batch."
             )
-        size = self.micro_batch_size or self.batch_size // world_size
-        return size, self.batch_size // (size * world_size)
+        size = next(size for size in range(min(self.batch_size, each), 0, -1) if each % size == 0)
+        return replace(self, batch_size=size, gradient_accumulation=each // size)
 
 
 def _is_utf8(text: str) -> bool:
@@ -239,6 +281,12 @@ def model_config(config: TrainConfig) -> ModelConfig:
     limit = f"model.max_position_embeddings = {result.max_position_embeddings}"
     if config.seq_len > result.max_position_embeddings:
         raise ConfigError(f"seq_len is {config.seq_len}; allowed is at most {limit}.")
+    layers = config.activation_checkpointing
+    if layers != "all" and layers > result.num_hidden_layers:
+        raise ConfigError(
+            f"activation_checkpointing is {layers}; allowed is at most the model's {result.num_hidden_layers} layers, "
+            "or all."
+        )
     length = len(config.sample.prompt.encode()) + config.sample.tokens
     if config.sample.tokens and length > result.max_position_embeddings:
         raise ConfigError(f"sample.prompt and sample.tokens make {length} tokens; allowed is at most {limit}.")

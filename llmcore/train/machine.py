@@ -1,6 +1,7 @@
 """What the machine is asked for before training: backends, the allocator's thresholds, the precision it is fast in."""
 
 import ctypes
+import os
 import sys
 
 import torch
@@ -25,16 +26,30 @@ def keep_freed_memory(size: int = 1 << 30) -> None:
             mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the largest that older versions accept
 
 
-def use_bf16(precision: str, device: torch.device) -> bool:
-    """Whether matrix products run in bfloat16: `precision` is fp32, bf16, or auto, which asks the processor."""
+def choose_precision(precision: str, device: torch.device) -> str:
+    """fp32, bf16 or fp16: what is asked for, or, for auto, bf16 where the processor gains from it and fp32 elsewhere.
+    Raises ConfigError."""
     if precision != "auto":
         if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-            raise ConfigError(f"precision is bf16, which {torch.cuda.get_device_name(device)} lacks; allowed is fp32.")
-        return precision == "bf16"
+            name = torch.cuda.get_device_name(device)
+            raise ConfigError(f"precision is bf16, which {name} lacks; allowed are fp32 and fp16.")
+        return precision
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     native = _extension.cpu()
-    return native is not None and bool(native.bf16_matmul())
+    return "bf16" if native is not None and native.bf16_matmul() else "fp32"
+
+
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """Whether matrix products run in bfloat16."""
+    return choose_precision(precision, device) == "bf16"
+
+
+def be_deterministic(on: bool) -> None:
+    """Whether only algorithms run that give the same bits every time. Must come before a GPU is first used."""
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(on)
 
 
 def require_backends(device: torch.device) -> None:

@@ -4,7 +4,10 @@ written over: a run starts afresh, goes on in its own directory, or goes on from
 
 import json
 import os
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,14 @@ import yaml
 
 from llmcore.data import Corpus
 from llmcore.train.best import Best
-from llmcore.train.checkpoint import CheckpointError, checkpoints, newest_checkpoint, verify
+from llmcore.train.checkpoint import CheckpointError, SaveError, checkpoints, newest_checkpoint, verify
 from llmcore.train.config import ConfigError, TrainConfig
+from llmcore.train.distributed import digest
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,9 @@ class Start:
     config: dict[str, Any] | None = None
     text: dict[str, Any] | None = None
     best: Best = field(default_factory=Best)
+    global_batch: int | None = None
+    scale: dict[str, float] | None = None
+    digest: str = ""
 
     def require_text(self, corpus: Corpus) -> None:
         """Raise a ConfigError if `corpus` is not the text that the checkpoint was trained on."""
@@ -47,6 +59,8 @@ def find_start(config: TrainConfig) -> Start:
         _require_writable(Path(config.out_dir), "out_dir")
     else:
         _require_writable(start.run, "the run")
+        with _hold(start.run, shared=True):
+            pass
     return start
 
 
@@ -77,13 +91,17 @@ def _find_start(config: TrainConfig) -> Start:
     return Start() if config.resume is None else _from(Path(config.resume), None)
 
 
-def open_run(config: TrainConfig, start: Start) -> Path:
-    """The directory that `start` means: made, if it is a new one; otherwise checkpoints newer than start's, which do
-    not verify, are renamed out of the way. One process only calls this."""
+def open_run(config: TrainConfig, start: Start, held: ExitStack) -> Path:
+    """The directory that `start` means. A new one is made; in one that is gone on with, what a crash left is cleared:
+    half-written checkpoints and a half-written line of the log; and checkpoints newer than start's, which do not
+    verify, are renamed out of the way. One process only calls this, inside `hold`'s block if the run is not new."""
     if start.run is not None:
         for step, path in checkpoints(start.run).items():
             if step > start.step:
                 path.rename(_unused(path.with_name(path.name + ".corrupt")))
+        for path in start.run.glob("step_*.tmp"):
+            shutil.rmtree(path)
+        _mend_log(start.run / "log.jsonl")
         return start.run
     if config.name is not None:
         run = Path(config.out_dir) / config.name
@@ -96,19 +114,41 @@ def open_run(config: TrainConfig, start: Start) -> Path:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"the run {run} cannot be made: {reason}; choose another --out_dir.") from error
+    held.enter_context(_hold(run))
     return run
+
+
+@contextmanager
+def _hold(run: Path, shared: bool = False) -> Iterator[None]:
+    """Lock the run's config.yaml as long as the block lasts; the system frees it even if the process is killed. Raises
+    ConfigError if another process trains there. `shared` only asks."""
+    if fcntl is None:  # Windows
+        yield
+        return
+    with (run / "config.yaml").open("rb") as file:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"the run {run} is being written by another process; wait for its end, or resume from one of its "
+                "checkpoints, which makes a run of its own."
+            ) from error
+        yield
 
 
 def how_to_go_on(run: Path | None) -> str:
     """What the user of a run that was interrupted can do."""
-    if run is None or not checkpoints(run):
+    if run is None or not (found := checkpoints(run)):
         return "there is no checkpoint to go on from"
-    return f"--resume {run} goes on from its last checkpoint"
+    return f"--resume {run} goes on from its last checkpoint, {found[max(found)].name}"
 
 
 def append_log(run: Path, **values: Any) -> None:
-    with (run / "log.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(values) + "\n")
+    try:
+        with (run / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+    except OSError as error:
+        raise SaveError(f"{run / 'log.jsonl'} could not be written: {error.strerror}") from error
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
@@ -118,8 +158,16 @@ def read_log(run: Path) -> list[dict[str, Any]]:
 def _from(checkpoint: Path, run: Path | None) -> Start:
     meta = verify(checkpoint)
     return Start(
-        run, checkpoint, meta["step"], meta["seconds"], meta["config"], meta.get("text"), Best(**meta.get("best", {}))
-    )
+        run, checkpoint, meta["step"], meta["seconds"], meta["config"], meta.get("text"), Best(**meta.get("best", {})),
+        meta.get("global_batch"), meta.get("scale"), digest(meta),
+    )  # fmt: skip
+
+
+def _mend_log(path: Path) -> None:
+    """Cut off a last line that a crash left unfinished."""
+    content = path.read_bytes() if path.is_file() else b""
+    if content and not content.endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def _text(facts: dict[str, Any]) -> str:

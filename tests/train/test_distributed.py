@@ -16,7 +16,6 @@ import train_minimal
 from llmcore import models
 from llmcore.train import distributed
 from llmcore.train.checkpoint import newest_checkpoint
-from llmcore.train.config import ConfigError
 from llmcore.train.run import read_log
 
 Script = Callable[[list[str], list[str]], subprocess.CompletedProcess[str]]
@@ -33,10 +32,10 @@ def curve(run: Path) -> list[float]:
 def test_two_ranks_equal_one(start: str, small: list[str], tmp_path: Path, run_script: Script):
     small += ["--max_steps", "10", "--eval_interval", "5"]
     if start == "torchrun":
-        small += ["--micro_batch_size", "1"]  # gradients accumulate without meeting before the last
-        result = run_script(TORCHRUN, [*small, "--name", "two"])
+        argv = [*small, "--batch_size", "1", "--gradient_accumulation", "2"]  # ranks meet once a step
+        result = run_script(TORCHRUN, [*argv, "--name", "two"])
     else:
-        result = run_script([], [*small, "--name", "two", "--num_gpus", "2"])
+        result = run_script([], [*small, "--batch_size", "2", "--name", "two", "--num_gpus", "2"])
     assert result.returncode == 0, result.stderr
     if not torch.cuda.is_available():
         assert result.stdout.count("the CPU (no GPU was found) with 2 processes, DDP over gloo") == 1
@@ -54,7 +53,7 @@ def test_two_ranks_equal_one(start: str, small: list[str], tmp_path: Path, run_s
 @pytest.mark.parametrize("ranks", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_many_ranks_resume_to_the_same_bits(ranks: int, small: list[str], tmp_path: Path, run_script: Script):
     launcher = [*TORCHRUN[:-1], str(ranks)]
-    argv = [*small, "--batch_size", "12", "--checkpoint_interval", "3"]
+    argv = [*small, "--checkpoint_interval", "3"]
     result = run_script(launcher, [*argv, "--name", "straight"])
     assert result.returncode == 0, result.stderr
     straight, resumed = tmp_path / "runs" / "straight", tmp_path / "runs" / "resumed"
@@ -68,33 +67,17 @@ def test_many_ranks_resume_to_the_same_bits(ranks: int, small: list[str], tmp_pa
 
 
 def test_wrong_input_is_told_once(small: list[str], run_script: Script):
-    result = run_script([], [*small, "--num_gpus", "2", "--batch_size", "3"])
+    result = run_script([], [*small, "--num_gpus", "2", "--engine", "single"])
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.count("\n") == 1 and "batch_size is 3; allowed is a multiple of 2" in result.stderr
+    assert result.stderr.count("\n") == 1 and "engine is single, but there are 2 processes" in result.stderr
 
 
-def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ConfigError, match="8 processes need 8 GPUs; this machine has 2, so allowed is up to 2"):
-        distributed.device(8)
-    assert distributed.device(2) == torch.device("cuda", 0)
-
-
-def test_seeds_differ_by_seed_step_and_rank():
+def test_seeds_differ_by_seed_step_micro_step_and_rank():
     draws = set()
-    for seed, step, rank in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)):
-        distributed.seed_step(seed, step, rank)
+    for place in ((0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (0, 0, 0, 0)):
+        distributed.seed_step(*place)
         draws.add(torch.rand(1).item())
-    assert len(draws) == 4
-
-
-def test_processors_are_shared_out(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(distributed.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # torchrun's own
-    assert [distributed.threads_per_process(n) for n in (1, 2, 3, 16)] == [8, 4, 2, 1]
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert distributed.threads_per_process(2) == 3
+    assert len(draws) == 5
 
 
 def test_folder_that_only_the_first_finds_unusable(small: list[str], tmp_path: Path, run_script: Script):
@@ -131,27 +114,3 @@ def test_a_signal_saves_the_step_and_is_one_sentence(small: list[str], tmp_path:
     newest = newest_checkpoint(tmp_path / "runs" / "a")
     assert newest is not None and newest.name == f"step_{last}", "the step that was being made is saved"
     assert train_minimal.main(["--resume", str(tmp_path / "runs" / "a"), "--max_steps", str(last + 3)]) == 0
-
-
-def test_one_variable_makes_no_launcher(monkeypatch: pytest.MonkeyPatch):
-    for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert not distributed.launched() and distributed.world_size(2) == 2
-
-
-@pytest.mark.parametrize("value", ["abc", "0", "-1"])
-def test_launcher_that_says_nonsense(value: str, monkeypatch: pytest.MonkeyPatch):
-    for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE"):
-        monkeypatch.setenv(name, "1")
-    monkeypatch.setenv("WORLD_SIZE", value)
-    with pytest.raises(ConfigError, match=f"WORLD_SIZE is '{value}'; allowed is a whole number of at least 1"):
-        distributed.world_size(None)
-
-
-def test_num_gpus_under_a_launcher(monkeypatch: pytest.MonkeyPatch):
-    for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE"):
-        monkeypatch.setenv(name, "4")
-    with pytest.raises(ConfigError, match="num_gpus is 2, but the launcher has started 4 processes"):
-        distributed.world_size(2)
-    assert distributed.world_size(4) == distributed.world_size(None) == 4

@@ -24,13 +24,13 @@ import os, sys
 sys.path.insert(0, {root!r})
 import train_minimal
 steps, original = 0, train_minimal.forward_backward
-def forward_backward(model, *arguments):
+def forward_backward(engine, *arguments):
     global steps
     steps += 1
     hook = None
     if os.environ["RANK"] == "1" and steps in {bad!r}:
-        hook = next(model.parameters()).register_hook(lambda gradient: gradient * float("nan"))
-    loss = original(model, *arguments)
+        hook = next(engine.model.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+    loss = original(engine, *arguments)
     if hook:
         hook.remove()
     return loss
@@ -42,10 +42,10 @@ sys.exit(train_minimal.main(sys.argv[2:]))  # the first is the script that this 
 def poison(monkeypatch: pytest.MonkeyPatch, bad: range, value: float = math.nan) -> None:
     steps, original = iter(range(1, 1000)), train_minimal.forward_backward
 
-    def forward_backward(model, *arguments):
-        loss = original(model, *arguments)
+    def forward_backward(engine, *arguments):
+        loss = original(engine, *arguments)
         if next(steps) in bad:
-            next(model.parameters()).grad.view(-1)[0] = value
+            next(engine.model.parameters()).grad.view(-1)[0] = value
         return loss
 
     monkeypatch.setattr(train_minimal, "forward_backward", forward_backward)

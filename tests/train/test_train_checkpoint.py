@@ -9,80 +9,90 @@ import torch
 from llmcore import models
 from llmcore.train.checkpoint import (
     CheckpointError,
-    load_checkpoint,
+    SaveError,
     newest_checkpoint,
     require_model,
     save_checkpoint,
     verify,
 )
-from llmcore.train.config import OptimizerConfig
-from llmcore.train.optimizer import Optimizers, build_optimizer
+from llmcore.train.config import OptimizerConfig, TrainConfig
+from llmcore.train.distributed import World
+from llmcore.train.engine import Engine, Plan
 
 CONFIG = models.ModelConfig.from_preset(
     "tiny", hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
 )
+FACTS = {"seconds": 1.5, "config": {"seed": 0}, "text": {"train": {"bytes": 3, "sha256": "ab"}}}
 
-TEXT = {"train": {"bytes": 3, "sha256": "ab"}}
 
-
-def trained(seed: int, steps: int = 2, kind: str = "adamw") -> tuple[models.Decoder, Optimizers]:
+def trained(seed: int, steps: int = 2, precision: str = "fp32", **options) -> Engine:
     torch.manual_seed(seed)
-    model = models.build(CONFIG)
-    optimizer = build_optimizer(model, OptimizerConfig(kind=kind))
-    for _ in range(steps):
-        tokens = torch.randint(256, (2, 9))
-        model(tokens[:, :-1], tokens[:, 1:]).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model, optimizer
+    config = TrainConfig(optimizer=OptimizerConfig(**options))
+    engine = Engine(models.build(CONFIG), config, Plan("single", precision), World(0, 1, torch.device("cpu")))
+    train(engine, range(steps))
+    return engine
+
+
+def train(engine: Engine, seeds: range) -> None:
+    for seed in seeds:
+        tokens = torch.randint(256, (2, 9), generator=torch.Generator().manual_seed(seed))
+        engine.backward(engine.loss(tokens[:, :-1], tokens[:, 1:]))
+        engine.step(1e-3, seed)
+
+
+def save(run: Path, step: int, engine: Engine) -> Path:
+    return save_checkpoint(run, step, engine.snapshot(), CONFIG, FACTS)
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    return save_checkpoint(tmp_path, 3, 1.5, *trained(0), {"seed": 0}, TEXT)
+    return save(tmp_path, 3, trained(0))
 
 
 def test_round_trip(checkpoint: Path):
-    model, optimizer = trained(0)
-    again, again_optimizer = trained(1, steps=0)
-    load_checkpoint(checkpoint, again, again_optimizer)
-    for (name, expected), given in zip(model.named_parameters(), again.parameters(), strict=True):
-        assert torch.equal(given, expected), name
-        state, given_state = optimizer.state_of(expected), again_optimizer.state_of(given)
+    engine, again = trained(0), trained(1, steps=0)
+    again.restore(checkpoint, None)
+    given = dict(again.model.named_parameters())
+    for name, expected in engine.model.named_parameters():
+        assert torch.equal(given[name], expected), name
+        state, given_state = engine.optimizer.state_of(expected), again.optimizer.state_of(given[name])
         assert set(state) == set(given_state) == {"step", "exp_avg", "exp_avg_sq"}
         assert all(torch.equal(state[key], given_state[key]) for key in state)
-    assert torch.equal(models.load(checkpoint).lm_head.weight, model.lm_head.weight)
+    assert torch.equal(models.load(checkpoint).lm_head.weight, engine.model.lm_head.weight)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "adam", "muon"])
-def test_training_goes_on_to_the_same_bits(tmp_path: Path, kind: str):
-    def steps(model, optimizer, seeds):
-        for seed in seeds:
-            tokens = torch.randint(256, (2, 9), generator=torch.Generator().manual_seed(seed))
-            model(tokens[:, :-1], tokens[:, 1:]).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+def test_a_snapshot_is_apart_from_the_model():
+    engine = trained(0)
+    snapshot = engine.snapshot()
+    before = {name: value.clone() for name, value in {**snapshot.weights, **snapshot.moments}.items()}
+    train(engine, range(2, 4))
+    assert all(torch.equal({**snapshot.weights, **snapshot.moments}[name], value) for name, value in before.items())
 
-    model, optimizer = trained(0, kind=kind)
-    saved = save_checkpoint(tmp_path, 2, 0.0, model, optimizer, {}, TEXT)
-    steps(model, optimizer, range(3))
-    again, again_optimizer = trained(1, steps=0, kind=kind)
-    load_checkpoint(saved, again, again_optimizer)
-    steps(again, again_optimizer, range(3))
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+@pytest.mark.parametrize(
+    ("kind", "precision"), [("adamw", "fp32"), ("adam", "fp32"), ("muon", "fp32"), ("adamw", "bf16"), ("adamw", "fp16")]
+)
+def test_training_goes_on_to_the_same_bits(tmp_path: Path, kind: str, precision: str):
+    engine = trained(0, kind=kind, precision=precision)
+    saved = save(tmp_path, 2, engine)
+    train(engine, range(2, 5))
+    again = trained(1, steps=0, kind=kind, precision=precision)
+    again.restore(saved, verify(saved)["scale"])
+    train(again, range(2, 5))
+    assert all(torch.equal(a, b) for a, b in zip(engine.model.parameters(), again.model.parameters(), strict=True))
 
 
 def test_the_state_of_another_optimizer_is_refused(tmp_path: Path):
-    saved = save_checkpoint(tmp_path, 2, 0.0, *trained(0, kind="muon"), {}, TEXT)
+    saved = save(tmp_path, 2, trained(0, kind="muon"))
     with pytest.raises(CheckpointError, match="holds the state of another optimizer: momentum_buffer of model.layers"):
-        load_checkpoint(saved, *trained(1, steps=0))
+        trained(1, steps=0).restore(saved, None)
 
 
 def test_meta(checkpoint: Path):
     meta = verify(checkpoint)
     assert (checkpoint.name, meta["step"], meta["seconds"], meta["config"]) == ("step_3", 3, 1.5, {"seed": 0})
     assert set(meta["files"]) == {"model.safetensors", "config.json", "optimizer.safetensors"}
-    assert meta["text"] == TEXT and meta["versions"]["torch"] == torch.__version__
+    assert meta["text"] == FACTS["text"] and meta["versions"]["torch"] == torch.__version__
     assert not list(checkpoint.parent.glob("*.tmp"))
 
 
@@ -118,7 +128,7 @@ def test_meta_that_is_no_meta(checkpoint: Path, content: bytes):
 
 def test_newest_that_verifies(checkpoint: Path):
     run = checkpoint.parent
-    newer = save_checkpoint(run, 20, 2.0, *trained(1), {}, TEXT)
+    newer = save(run, 20, trained(1))
     (run / "step_30.tmp").mkdir()  # cut off while writing
     assert newest_checkpoint(run) == newer
     (newer / "optimizer.safetensors").write_bytes(b"")
@@ -131,10 +141,11 @@ def test_newest_that_verifies(checkpoint: Path):
 def test_a_left_over_is_replaced_but_never_a_checkpoint(tmp_path: Path):
     (tmp_path / "step_3.tmp").mkdir()
     (tmp_path / "step_3.tmp" / "model.safetensors").write_text("half a file")
-    checkpoint = save_checkpoint(tmp_path, 3, 0.0, *trained(0), {}, TEXT)
+    checkpoint = save(tmp_path, 3, trained(0))
     before = (checkpoint / "meta.json").read_bytes()
-    with pytest.raises(OSError):
-        save_checkpoint(tmp_path, 3, 9.0, *trained(1), {}, TEXT)
+    with pytest.raises(SaveError, match="step_3 could not be written: "):
+        save(tmp_path, 3, trained(1))
+    assert not list(tmp_path.glob("*.tmp"))
     assert (checkpoint / "meta.json").read_bytes() == before
 
 

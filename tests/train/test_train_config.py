@@ -108,7 +108,7 @@ def test_exit_code_and_one_line(name: str, results: dict[str, subprocess.Complet
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--precision", "fp8"], "precision is 'fp8'; allowed is one of auto, fp32, bf16."),
+        (["--precision", "fp8"], "precision is 'fp8'; allowed is one of auto, fp32, bf16, fp16."),
         (["--max_steps", "1.5"], "max_steps is '1.5'; allowed is a whole number or null."),
         (["--seed"], "--seed has no value; allowed is a whole number."),
         (["steps=3"], "unexpected argument 'steps=3'"),
@@ -124,8 +124,20 @@ def test_exit_code_and_one_line(name: str, results: dict[str, subprocess.Complet
         (["--keep_checkpoints", "0"], "keep_checkpoints is 0; allowed is at least 1."),
         (["--ema_decay", "1"], "ema_decay is 1.0; allowed is from 0 to 0.999999."),
         (["--optimizer.kind", "sgd"], "optimizer.kind"),
-        (["--micro_batch_size", "3"], "batch_size is 8; allowed is a multiple of 3"),
-        (["--num_gpus", "3"], "batch_size is 8; allowed is a multiple of 3, as there are 3 processes."),
+        (["--gradient_accumulation", "0"], "gradient_accumulation is 0; allowed is at least 1."),
+        (["--activation_checkpointing", "-1"], "activation_checkpointing is -1; allowed is at least 0, or all."),
+        (["--activation_checkpointing", "5"], "activation_checkpointing is 5; allowed is at most the model's 4 layers"),
+        (
+            ["--activation_checkpointing", "some"],
+            "activation_checkpointing is 'some'; allowed is a whole number or one",
+        ),
+        (["--engine", "zero"], "engine is 'zero'; allowed is one of auto, single, ddp, deepspeed."),
+        (["--engine", "single", "--num_gpus", "3"], "engine is single, but there are 3 processes; allowed are ddp and"),
+        (["--engine", "ddp"], "engine is ddp, but this process was started alone"),
+        (["--engine", "deepspeed"], "engine is deepspeed, but deepspeed names no file; ready ones are in configs/deep"),
+        (["--engine", "ddp", "--deepspeed", "a.json"], "engine is ddp, but deepspeed names a.json; leave one of them"),
+        (["--data.workers", "100"], "data.workers is 100; allowed is from 0 to 64."),
+        (["--model.dropout", "1"], "dropout is 1; allowed"),
         (["--seq_len", "100000"], "seq_len is 100000; allowed is at most model.max_position_embeddings"),
         (["--model.num_layers", "2"], "did you mean 'num_hidden_layers'?"),
         (["--model.hidden_size", "wide"], "hidden_size is 'wide'"),
@@ -172,7 +184,7 @@ def test_backend_that_cannot_run(
     backend: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(_dispatch, "_process_backend", backend)
-    monkeypatch.setattr("llmcore.train.distributed.device", lambda _: torch.device("cpu"))
+    monkeypatch.setattr("llmcore.train.launch.device", lambda _: torch.device("cpu"))
     assert train_minimal.main(["--dry_run"]) == 2
     output = capsys.readouterr()
     assert output.err.count("\n") == 1 and words in output.err

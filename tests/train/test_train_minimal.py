@@ -174,7 +174,7 @@ def test_dry_run_writes_nothing(small: list[str], tmp_path: Path, capsys: pytest
     for words in (
         "parameters",
         "held out",
-        "4 sequences x 32 = 128 tokens",
+        "4 sequences x 32 = 128 tokens a step",
         "6 steps",
         "GFLOP a step",
         "memory  about",
@@ -184,7 +184,7 @@ def test_dry_run_writes_nothing(small: list[str], tmp_path: Path, capsys: pytest
 
 def test_accumulation_changes_nothing(small: list[str], tmp_path: Path):
     run(*small, "--name", "whole")
-    run(*small, "--name", "parts", "--micro_batch_size", "1")
+    run(*small, "--name", "parts", "--batch_size", "1", "--gradient_accumulation", "4")
     whole, parts = (losses(tmp_path / "runs" / name) for name in ("whole", "parts"))
     assert list(parts.values()) == pytest.approx(list(whole.values()), rel=1e-5)
 

@@ -1,0 +1,185 @@
+"""The engine of DeepSpeed: ZeRO stages 1 to 3 (Rajbhandari et al., arXiv:1910.02054), with offload to the CPU (Ren et
+al., arXiv:2101.06840).
+
+In bf16 and fp16 the model itself is in that type, and each rank keeps the fp32 weights and moments of its share only.
+"""
+
+import contextlib
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llmcore import models
+from llmcore.train.average import Average
+from llmcore.train.checkpoint import weights_of
+from llmcore.train.config import TrainConfig
+from llmcore.train.distributed import World
+from llmcore.train.engine import Engine, Plan
+from llmcore.train.launch import threads_per_process
+from llmcore.train.optimizer import ADAM, build_optimizer
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+for _name, _value in (("LOCAL_RANK", "0"), ("RANK", "0"), ("WORLD_SIZE", "1")):
+    os.environ.setdefault(_name, _value)  # DeepSpeed reads them in a single process too
+
+import deepspeed  # noqa: E402
+from deepspeed.utils import (  # noqa: E402
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # the state of DeepSpeed's loss scaler
+
+
+class ZeroEngine(Engine):
+    def __init__(self, model: models.Decoder, config: TrainConfig, plan: Plan, world: World) -> None:
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        # collectives through shared memory are compiled when first used, and gloo does without
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # DeepSpeed calls collectives by names that PyTorch is about to change
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.*")
+        self.model, self.config, self.world = model, config, world
+        assert plan.zero is not None
+        self.stage, self.fp16 = plan.zero.stage, plan.precision == "fp16"
+        if plan.zero.offload_optimizer:  # which then runs on this process's share of the processors
+            torch.set_num_threads(threads_per_process(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        (adam,) = build_optimizer(model, config.optimizer).optimizers
+        self.zero: Any
+        self.zero, *_ = deepspeed.initialize(
+            model=model, optimizer=adam, config=plan.zero.values, dist_init_required=False
+        )
+        self.parallel = self.zero
+        self.autocast = torch.autocast(world.device.type, enabled=False)
+        self.average = self._start_average()
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        return self.zero(inputs, targets).loss
+
+    def micro_step(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        self.zero.set_gradient_accumulation_boundary(last)
+        return contextlib.nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        self.zero.backward(loss, scale_wrt_gas=False)
+
+    def step(self, lr: float, step: int) -> Tensor:
+        for group in self.zero.optimizer.param_groups:
+            group["lr"] = lr
+        self.zero.step()
+        norm = torch.as_tensor(self.zero.get_global_grad_norm(), device=self.world.device).float()
+        if self.average is not None:
+            self.average.update(step)
+        return norm
+
+    def largest_weight(self) -> float:
+        mine = [shard.abs().max() for shard in self._shards() if shard.numel()]
+        largest = torch.stack(mine).max() if mine else torch.zeros((), device=self.world.device)
+        largest = largest.nan_to_num(nan=math.inf).to(self.world.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest.item()
+
+    def _shards(self) -> list[Tensor]:
+        """This rank's fp32 weights, a flat tensor for each group."""
+        optimizer = self.zero.optimizer
+        if self.stage == 3:
+            return list(optimizer.fp32_partitioned_groups_flat)
+        return [p for group in optimizer.optimizer.param_groups for p in group["params"]]
+
+    def _start_average(self) -> Average | None:
+        decay = self.config.ema_decay
+        return Average(self._shards(), decay) if decay else None
+
+    @torch.no_grad()
+    def _weights_changed(self) -> None:
+        """The model's weights become those of the shards, rounded."""
+        for p in self.model.parameters():
+            whole = safe_get_full_fp32_param(p)
+            with self._gathered([p]):
+                p.data.copy_(whole)
+
+    def _gathered(self, parameters: Iterable[Tensor]) -> contextlib.AbstractContextManager[None]:
+        """Inside the block the parameters are whole, and rank 0 may write to them."""
+        if self.stage < 3:
+            return contextlib.nullcontext()
+        return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0)
+
+    def _weights(self) -> dict[str, Tensor]:
+        return self._collect((name, safe_get_full_fp32_param(p)) for name, p in self.model.named_parameters())
+
+    def _moments(self) -> dict[str, Tensor]:
+        steps = [state["step"] for state in self._states().values() if "step" in state]
+        if not steps:
+            return {}
+        self._link_moments()
+        named = list(self.model.named_parameters())
+        moments = {name: torch.tensor(float(steps[0])) for name in (f"{name}.step" for name, _ in named)}
+        for moment in ADAM[1:]:
+            moments |= self._collect(
+                (f"{name}.{moment}", safe_get_full_optimizer_state(p, moment)) for name, p in named
+            )
+        return moments if self.world.rank == 0 else {}
+
+    def _collect(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """On the CPU of rank 0, one at a time."""
+        collected = {}
+        for name, tensor in tensors:
+            if self.world.rank == 0:
+                collected[name] = tensor.detach().to("cpu", copy=True)
+        return collected
+
+    def _load_weights(self, folder: Path) -> None:
+        weights = weights_of(folder)
+        for name, p in self.model.named_parameters():
+            safe_set_full_fp32_param(p, weights[name].to(self.world.device))
+        self._weights_changed()
+
+    def _load_moments(self, read: Callable[[str], Tensor], names: list[str]) -> None:
+        if not names:
+            return
+        states = self._states()
+        for shard in self._shards():
+            states[shard] = {
+                "step": torch.zeros((), dtype=torch.float32, device=shard.device),
+                **{moment: torch.zeros_like(shard) for moment in ADAM[1:]},
+            }
+        self._link_moments()
+        for name, p in self.model.named_parameters():
+            for state in states.values():
+                state["step"].copy_(read(f"{name}.step"))
+            for moment in ADAM[1:]:
+                safe_set_full_optimizer_state(p, read(f"{name}.{moment}").to(self.world.device), moment)
+
+    def _scale_state(self) -> dict[str, float] | None:
+        scaler = self.zero.optimizer.loss_scaler
+        return {name: getattr(scaler, name) for name in SCALER} if self.fp16 else None
+
+    def _load_scale(self, state: dict[str, float]) -> None:
+        if self.fp16:
+            scaler = self.zero.optimizer.loss_scaler
+            scaler.cur_scale = state["scale"] if "scale" in state else state["cur_scale"]
+            for name in SCALER[1:]:
+                setattr(scaler, name, state.get(name, getattr(scaler, name)))
+
+    def _link_moments(self) -> None:
+        """Let stages 1 and 2 know where the moments of each parameter are. DeepSpeed does it after the step of the
+        first group of parameters, when the others have none yet."""
+        if self.stage < 3:
+            self.zero.optimizer._hp_optimizer_states_linked = False
+            self.zero.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _moments_of(self, parameter: Tensor) -> tuple[str, ...]:
+        return ADAM
+
+    def _states(self) -> dict[Tensor, dict[str, Any]]:
+        return self.zero.optimizer.optimizer.state

@@ -1,0 +1,36 @@
+"""What may happen to a run: it is killed, the disk is full, files are torn or flipped, another process writes there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import train_minimal
+from llmcore.train.run import read_log
+
+ROOT = Path(__file__).parents[2]
+FILES = ("model.safetensors", "optimizer.safetensors", "ema/model.safetensors")
+
+
+def same_bits(a: Path, b: Path) -> bool:
+    return all((a / name).read_bytes() == (b / name).read_bytes() for name in FILES if (a / name).exists())
+
+
+def test_fifty_kills_change_no_bit(small: list[str], tmp_path: Path):
+    argv = [*small, "--max_steps", "600", "--checkpoint_interval", "2", "--eval_interval", "6", "--ema_decay", "0.9",
+            "--sample.tokens", "0"]  # fmt: skip
+    command = [sys.executable, str(ROOT / "tests" / "train" / "crash.py"), "50", "1", *argv, "--name", "killed"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stdout + result.stderr
+    died = json.loads(result.stdout)
+    assert sum(died.values()) == 50 and all(died[place] >= 5 for place in ("step", "save", "validation", "clock"))
+    assert train_minimal.main([*argv, "--name", "straight"]) == 0
+    killed, straight = tmp_path / "runs" / "killed", tmp_path / "runs" / "straight"
+    assert (killed / "final").resolve().name == (straight / "final").resolve().name == "step_600"
+    assert same_bits(straight / "step_600", killed / "step_600")
+    assert not list(killed.glob("*.tmp")) and not list(killed.glob("*.corrupt"))
+    assert {line["step"]: line["loss"] for line in read_log(killed) if "loss" in line} == {
+        line["step"]: line["loss"] for line in read_log(straight) if "loss" in line
+    }
