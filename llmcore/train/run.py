@@ -59,8 +59,6 @@ def find_start(config: TrainConfig) -> Start:
         _require_writable(Path(config.out_dir), "out_dir")
     else:
         _require_writable(start.run, "the run")
-        with _hold(start.run, shared=True):
-            pass
     return start
 
 
@@ -73,6 +71,7 @@ def _find_start(config: TrainConfig) -> Start:
         run = named if named is not None else _newest_run(Path(config.out_dir))
         if run is None or not os.path.lexists(run):
             return Start()
+        _require_free(run)
         checkpoint = newest_checkpoint(run)
         return Start(run) if checkpoint is None else _from(checkpoint, run)
     if config.resume is not None and _is_run(Path(config.resume)):
@@ -82,6 +81,7 @@ def _find_start(config: TrainConfig) -> Start:
                 f"name is {config.name!r}, but --resume {run} goes on in that run's own folder; "
                 "leave --name out, or resume from one of its checkpoints."
             )
+        _require_free(run)
         checkpoint = newest_checkpoint(run)
         if checkpoint is None:
             raise CheckpointError(f"the run {run} holds no checkpoint to resume from.")
@@ -118,14 +118,21 @@ def open_run(config: TrainConfig, start: Start, held: ExitStack) -> Path:
     return run
 
 
+def _require_free(run: Path) -> None:
+    """Raise a ConfigError if another process trains there."""
+    with _hold(run, shared=True):
+        pass
+
+
 @contextmanager
 def _hold(run: Path, shared: bool = False) -> Iterator[None]:
     """Lock the run's config.yaml as long as the block lasts; the system frees it even if the process is killed. Raises
     ConfigError if another process trains there. `shared` only asks."""
-    if fcntl is None:  # Windows
+    path = run / "config.yaml"
+    if fcntl is None or not path.is_file():  # Windows; or a run that was killed while it was made
         yield
         return
-    with (run / "config.yaml").open("rb") as file:
+    with path.open("r+b") as file:
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -133,6 +140,10 @@ def _hold(run: Path, shared: bool = False) -> Iterator[None]:
                 f"the run {run} is being written by another process; wait for its end, or resume from one of its "
                 "checkpoints, which makes a run of its own."
             ) from error
+        except OSError as error:  # some network file systems
+            print(
+                f"train_minimal.py: {path} cannot be locked ({error.strerror}); see to it that one process trains there."
+            )
         yield
 
 
