@@ -141,9 +141,7 @@ def _hold(run: Path, shared: bool = False) -> Iterator[None]:
                 "checkpoints, which makes a run of its own."
             ) from error
         except OSError as error:  # some network file systems
-            print(
-                f"train_minimal.py: {path} cannot be locked ({error.strerror}); see to it that one process trains there."
-            )
+            print(f"train_minimal.py: {path} cannot be locked: {error.strerror}; let no other process train there.")
         yield
 
 
