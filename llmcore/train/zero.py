@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from torch import Tensor
 
 from llmcore import models
+from llmcore.models.checkpoint import WEIGHTS
 from llmcore.train.average import Average
-from llmcore.train.checkpoint import weights_of
 from llmcore.train.config import TrainConfig
 from llmcore.train.distributed import World
 from llmcore.train.engine import Engine, Plan
@@ -139,9 +140,9 @@ class ZeroEngine(Engine):
         return collected
 
     def _load_weights(self, folder: Path) -> None:
-        weights = weights_of(folder)
-        for name, p in self.model.named_parameters():
-            safe_set_full_fp32_param(p, weights[name].to(self.world.device))
+        with safe_open(folder / WEIGHTS, framework="pt") as file:  # one tensor at a time: no rank need hold them all
+            for name, p in self.model.named_parameters():
+                safe_set_full_fp32_param(p, file.get_tensor(name).to(self.world.device))
         self._weights_changed()
 
     def _load_moments(self, read: Callable[[str], Tensor], names: list[str]) -> None:
