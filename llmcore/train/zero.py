@@ -61,6 +61,8 @@ class ZeroEngine(Engine):
             model=model, optimizer=adam, config=plan.zero.values, dist_init_required=False
         )
         self.parallel = self.zero
+        if self.fp16:
+            self.zero.optimizer.loss_scaler.raise_error_at_min_scale = False  # the run ends by its own max_skipped
         self.autocast = torch.autocast(world.device.type, enabled=False)
         self.average = self._start_average()
 
