@@ -171,10 +171,13 @@ def test_a_save_that_fails_ends_the_run_at_the_next_step(
     assert set(checkpoints(tmp_path / "runs" / "a")) == {2}, "the last good one is kept"
 
 
+@pytest.mark.parametrize("resumed", [False, True], ids=["new", "resumed"])
 def test_a_run_that_is_being_written_is_left_alone(
-    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    resumed: bool, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     run, results = tmp_path / "runs" / "a", []
+    if resumed:
+        assert train_minimal.main([*small, "--name", "a", "--max_steps", "2"]) == 0
     gather = train_minimal.gather
 
     def resumes_in_the_middle(*arguments):
@@ -185,8 +188,9 @@ def test_a_run_that_is_being_written_is_left_alone(
         return gather(*arguments)
 
     monkeypatch.setattr(train_minimal, "gather", resumes_in_the_middle)
-    options = ["--name", "a", "--checkpoint_interval", "2", "--eval_interval", "4"]
-    assert train_minimal.main([*small, *options]) == 0
+    options = ["--checkpoint_interval", "2", "--eval_interval", "4"]
+    argv = ["--resume", str(run), "--max_steps", "6"] if resumed else [*small, "--name", "a"]
+    assert train_minimal.main([*argv, *options]) == 0
     assert results == [2, 2]
     error = capsys.readouterr().err
     assert error.count(f"the run {run} is being written by another process") == 2 and error.count("\n") == 2
