@@ -39,7 +39,7 @@ class World:
         """The largest of all ranks' values, on all ranks; each of them must call it. No GPU takes part."""
         if self.size == 1:
             return value
-        box = torch.tensor(value)
+        box = torch.tensor(int(value))  # of one type on all ranks: the bytes of others hang or kill gloo
         dist.all_reduce(box, dist.ReduceOp.MAX)
         return int(box)
 
