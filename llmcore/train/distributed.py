@@ -3,6 +3,8 @@
 import hashlib
 import os
 import socket
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +20,9 @@ from llmcore.train.config import ConfigError
 from llmcore.train.launch import launched, threads_per_process
 
 T = TypeVar("T")
+# Whoever lets go of a process group last waits for gloo's threads to end, which may wait for the interpreter. Python
+# unlocks it meanwhile; DDP, which a traceback keeps for longer than the group, does not, and hangs. So it is kept here.
+_last_group: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -93,13 +98,32 @@ def join(device: torch.device, alone: bool = True) -> Iterator[World]:
     if launched():
         if device.type == "cpu":
             torch.set_num_threads(threads_per_process(int(os.environ["LOCAL_WORLD_SIZE"])))
-        dist.init_process_group(backend)
+        store, rank, size = next(dist.rendezvous("env://"))
+        dist.init_process_group(backend, store=_unused(store, rank, size), rank=rank, world_size=size)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield World(dist.get_rank(), dist.get_world_size(), device)
     finally:
+        _last_group[:] = [dist.group.WORLD]
         dist.destroy_process_group()
+
+
+def _unused(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """A part of the store to which only these processes write. torchrun keeps its store when it starts the ranks again,
+    and with it the addresses of those that are dead, to which gloo would try to connect."""
+    mine = uuid.uuid4().hex
+    store.set(f"start/{rank}", mine)
+    while True:
+        if rank == 0:
+            store.set("starts", b" ".join(store.multi_get([f"start/{r}" for r in range(size)])))
+        starts = store.get("starts").decode()
+        if mine in starts:  # and if every rank says so of its own, then none of them is of an earlier time
+            part = dist.PrefixStore(digest(starts), store)
+            part.set(str(rank), "")
+            if part.check([str(r) for r in range(size)]):
+                return part
+        time.sleep(0.02)
 
 
 def is_lost(error: RuntimeError) -> bool:
