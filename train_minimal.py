@@ -36,7 +36,7 @@ from llmcore.train.distributed import World
 from llmcore.train.engine import Engine, Plan, build_engine, make_plan
 from llmcore.train.guard import Guard, Spikes
 from llmcore.train.machine import be_deterministic, keep_freed_memory, require_backends
-from llmcore.train.parse import parse
+from llmcore.train.parse import flat, parse
 from llmcore.train.profile import Profile
 from llmcore.train.progress import Meter, Report
 from llmcore.train.run import Start, find_start, how_to_go_on, open_run
@@ -210,10 +210,13 @@ def main(argv: list[str] | None = None) -> int:
     """What the command line asks for; the exit code."""
     argv = launch.adopt_launcher(sys.argv[1:] if argv is None else argv)
     run: Path | None = None
+    world: World | None = None
+    until_said = contextlib.ExitStack()
     try:
         # Whatever can be wrong with the input shows here, before a process is started or a file is written.
         config = parse(argv, __doc__)
         start = find_start(config)
+        run = start.run
         if start.config is not None:
             config = parse(argv, __doc__, start.config)
         config.check()
@@ -241,17 +244,18 @@ def main(argv: list[str] | None = None) -> int:
         keep_freed_memory()
         be_deterministic(config.deterministic)
         alone = plan.engine == "single"
-        with (
-            distributed.join(device, alone) as world,
-            Stop(alone=world.size == 1) as stop,
-            contextlib.ExitStack() as held,
-        ):
+        with distributed.join(device, alone) as world, contextlib.ExitStack() as held:
+            # A launcher that ends all processes because one has ended waits until they have said why.
+            stop = until_said.enter_context(Stop(alone=world.size == 1))
             world.agree(
                 {
-                    "source code": distributed.code_digest(Path(__file__)),
-                    "configuration": distributed.digest(config, plan),
-                    "text": distributed.digest(corpus.fingerprint),
-                    "checkpoint": start.digest,
+                    "source code": distributed.code_digest(Path(__file__))[:12],
+                    "PyTorch": torch.__version__,
+                    "text": distributed.digest(corpus.fingerprint)[:12],
+                    **{key: str(value) for key, value in flat(config.to_dict()).items()},
+                    "precision in use": plan.precision,
+                    "DeepSpeed configuration": distributed.digest(plan.zero)[:12],
+                    "checkpoint": start.digest[:12],
                 }
             )
             run = world.on_first(lambda: open_run(config, start, held))
@@ -260,25 +264,25 @@ def main(argv: list[str] | None = None) -> int:
                 train(config, plan, start, run, corpus, world, stop, report)
         return 0
     except (ConfigError, CheckpointError, DataError) as error:
-        return fail(error, 2)
-    except (TrainingError, SaveError) as error:
-        return fail(f"{error}; {how_to_go_on(run)}.", 1)
+        return fail(error, 2, world)
+    except (TrainingError, SaveError, distributed.Unreachable) as error:
+        return fail(f"{error}; {how_to_go_on(run)}.", 1, world)
+    except distributed.Lost:
+        return fail(f"another process of the run is gone; {how_to_go_on(run)}.", 1, world)
     except Stopped as stopped:
-        return fail(f"interrupted by {stopped}; {how_to_go_on(run)}.", 128 + stopped.number)
+        return fail(f"interrupted by {stopped}; {how_to_go_on(run)}.", 128 + stopped.number, world)
     except KeyboardInterrupt:
-        return fail(f"interrupted; {how_to_go_on(run)}.", 130)
-    except RuntimeError as error:
-        if not distributed.is_lost(error):
-            raise
-        return fail(f"another process of the run is gone; {how_to_go_on(run)}.", 1)
+        return fail(f"interrupted; {how_to_go_on(run)}.", 130, world)
+    finally:
+        until_said.close()
 
 
-def fail(message: object, code: int) -> int:
+def fail(message: object, code: int, world: World | None) -> int:
     """Say what is wrong, once a machine."""
-    if launch.is_first():
+    if world is None and not launch.is_first():
+        time.sleep(5)  # the first one says the same and ends, and the launcher then ends this one
+    if world is None or world.is_first_to_say(str(message)):
         print(f"train_minimal.py: {message}", file=sys.stderr)
-    else:
-        time.sleep(2)  # the launcher ends all processes when one ends: let the first one speak
     return code
 
 

@@ -2,7 +2,10 @@
 
 import hashlib
 import os
+import re
 import socket
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,18 +18,30 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llmcore.train.config import ConfigError
-from llmcore.train.launch import launched, threads_per_process
+from llmcore.train.launch import is_first, launched, threads_per_process
 
 T = TypeVar("T")
+# Whoever lets go of a process group last waits for gloo's threads to end, which may wait for the interpreter. Python
+# unlocks it meanwhile; DDP, which a traceback keeps for longer than the group, does not, and hangs. So it is kept here.
+_last_group: list[Any] = []
+
+
+class Lost(RuntimeError):
+    """Another process of the run is gone."""
+
+
+class Unreachable(RuntimeError):
+    """The processes of the run do not find each other; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process, `rank` of `size`, computing on `device`."""
+    """This process, `rank` of `size`, computing on `device`; `store` is the one where all of them met."""
 
     rank: int
     size: int
     device: torch.device
+    store: dist.Store | None = None
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum of all ranks' values, on all ranks; each of them must call it."""
@@ -39,7 +54,7 @@ class World:
         """The largest of all ranks' values, on all ranks; each of them must call it. No GPU takes part."""
         if self.size == 1:
             return value
-        box = torch.tensor(value)
+        box = torch.tensor(int(value))  # of one type on all ranks: the bytes of others hang or kill gloo
         dist.all_reduce(box, dist.ReduceOp.MAX)
         return int(box)
 
@@ -64,8 +79,18 @@ class World:
             raise outcome
         return outcome
 
+    def is_first_to_say(self, message: str) -> bool:
+        """Whether no other process of this machine has said it. Needs none of the other ranks, which may be gone."""
+        if self.store is None:
+            return True
+        machine = os.environ.get("GROUP_RANK", socket.gethostname())
+        try:
+            return self.store.add(digest("said", machine, message), 1) == 1
+        except RuntimeError:  # the store is gone: with rank 0, for which the next one speaks, or with another machine
+            return is_first() or self.rank == 1
+
     def agree(self, facts: dict[str, str]) -> None:
-        """Raise a ConfigError, on all ranks, unless all ranks bring the same facts: digests by what they are of."""
+        """Raise a ConfigError, on all ranks, unless all ranks bring the same facts: values or digests, by name."""
         if self.size == 1:
             return
         everyone: list[Any] = [None] * self.size
@@ -76,7 +101,7 @@ class World:
                 if given[name] != value:
                     raise ConfigError(
                         f"rank {rank} on {host} has another {name} than rank 0 on {first_host} "
-                        f"({given[name][:12]}, not {value[:12]}); all ranks must have the same."
+                        f"({given[name] or 'none'}, not {value or 'none'}); all ranks must have the same."
                     )
 
 
@@ -89,22 +114,59 @@ def join(device: torch.device, alone: bool = True) -> Iterator[World]:
     if not launched() and alone:
         yield World(0, 1, device)
         return
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if launched():
-        if device.type == "cpu":
-            torch.set_num_threads(threads_per_process(int(os.environ["LOCAL_WORLD_SIZE"])))
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if launched() and device.type == "cpu":
+        torch.set_num_threads(threads_per_process(int(os.environ["LOCAL_WORLD_SIZE"])))
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), device)
+        store = _connect("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    except RuntimeError as error:
+        me = f"rank {os.environ.get('RANK', 0)} on {socket.gethostname()}"
+        raise Unreachable(
+            f"{me} could not connect to the other ranks; if they run, let GLOO_SOCKET_IFNAME (on GPUs also "
+            "NCCL_SOCKET_IFNAME) name the network interface that leads to them"
+        ) from error
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), device, store)
+    except RuntimeError as error:
+        if _is_lost(error):
+            raise Lost from error
+        raise
     finally:
+        _last_group[:] = [dist.group.WORLD]
         dist.destroy_process_group()
 
 
-def is_lost(error: RuntimeError) -> bool:
+def _connect(backend: str) -> dist.Store | None:
+    """Make the process group; its store, or None where this process is alone."""
+    if not launched():
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return None
+    store, rank, size = next(dist.rendezvous("env://"))
+    store = _unused(store, rank, size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    return store
+
+
+def _unused(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """A part of the store to which only these processes write. torchrun keeps its store when it starts the ranks again,
+    and with it the addresses of those that are dead, to which gloo would try to connect."""
+    mine = uuid.uuid4().hex
+    store.set(f"start/{rank}", mine)
+    while True:
+        if rank == 0:
+            store.set("starts", b" ".join(store.multi_get([f"start/{r}" for r in range(size)])).decode())
+        starts = store.get("starts").decode()
+        if mine in starts:  # and if every rank says so of its own, then none of them is of an earlier time
+            part = dist.PrefixStore(digest(starts), store)
+            part.set(str(rank), "")
+            if part.check([str(r) for r in range(size)]):
+                return part
+        time.sleep(0.02)
+
+
+def _is_lost(error: RuntimeError) -> bool:
     """Whether a collective failed because another process is gone."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    gloo = type(error) is RuntimeError and re.search(r"gloo.*(closed|reset|[Bb]roken|[Tt]imed? ?out)", str(error), re.S)
+    return isinstance(error, dist.DistError) or bool(gloo)
 
 
 def seed_step(seed: int, step: int, micro_step: int, rank: int) -> None:

@@ -110,7 +110,7 @@ def launch(count: int, command: list[str]) -> int:
         local_addr="localhost",
         max_restarts=0,
     )
-    logging.disable(logging.WARNING)  # the launcher's own: the processes say why they stop
+    logging.disable(logging.ERROR)  # the launcher's own: the processes say why they stop
     try:
         elastic_launch(config, command[0])(*command[1:])
     except ChildFailedError as error:

@@ -31,7 +31,7 @@ def parse(argv: list[str], description: str, resumed: dict[str, Any] | None = No
     parser = _parser(description)
     if resumed is not None:
         _check_keys(resumed, "the checkpoint's configuration")
-        parser.set_defaults(_flat({key: value for key, value in resumed.items() if key not in NOT_INHERITED}))
+        parser.set_defaults(flat({key: value for key, value in resumed.items() if key not in NOT_INHERITED}))
     for file in _config_files(argv):
         _check_keys(_read(file), file)
     for argument in argv:
@@ -107,7 +107,7 @@ def _check_option(name: str) -> None:
         raise ConfigError(f"unknown option --{name}{_did_you_mean(name, known, '--')}")
 
 
-def _flat(content: dict[str, Any]) -> dict[str, Any]:
+def flat(content: dict[str, Any]) -> dict[str, Any]:
     """Nested groups as dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in content.items():

@@ -92,10 +92,11 @@ def _find_start(config: TrainConfig) -> Start:
 
 
 def open_run(config: TrainConfig, start: Start, held: ExitStack) -> Path:
-    """The directory that `start` means. A new one is made; in one that is gone on with, what a crash left is cleared:
-    half-written checkpoints and a half-written line of the log; and checkpoints newer than start's, which do not
-    verify, are renamed out of the way. One process only calls this, inside `hold`'s block if the run is not new."""
+    """The directory that `start` means, locked as long as `held` lasts. A new one is made; in one that is gone on with,
+    what a crash left is cleared: half-written checkpoints and a half-written line of the log; and checkpoints newer
+    than start's, which do not verify, are renamed out of the way. One process only calls this."""
     if start.run is not None:
+        held.enter_context(_hold(start.run))
         for step, path in checkpoints(start.run).items():
             if step > start.step:
                 path.rename(_unused(path.with_name(path.name + ".corrupt")))
