@@ -108,7 +108,9 @@ def tmpfs(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
         pytest.skip("there is no command mount")
     yield mount
     if mounted:
-        subprocess.run(["umount", folder], check=True)
+        subprocess.run(
+            ["umount", "--lazy", folder], check=True
+        )  # a mapped file may still wait for the garbage collector
 
 
 def test_a_full_disk_loses_nothing(
