@@ -41,11 +41,11 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[st
 def test_script(script: Path, commands: dict[str, list[list[str]]]):
     assert os.access(script, os.X_OK)
     subprocess.run(["bash", "-n", script], check=True)
-    lines = script.read_text().splitlines()
-    assert (
-        lines[0] == "#!/usr/bin/env bash" and lines[1].startswith("# ") and lines[2].startswith('cd "$(dirname "$0")')
-    )
-    assert all(line.endswith("\\") for line in lines[2:-1]) and lines[-1].endswith(' "$@"')
+    first, what, *others = script.read_text().splitlines()
+    assert first == "#!/usr/bin/env bash" and what.startswith("# ")
+    lines = [line for line in others if not line.startswith("# ")]
+    assert lines[0].startswith('cd "$(dirname "$0")')
+    assert all(line.endswith("\\") for line in lines[:-1]) and lines[-1].endswith(' "$@"')
 
     (folder, program), arguments = commands[script.stem]
     assert folder == str(ROOT)
