@@ -18,6 +18,7 @@ from llmcore.train.config import ConfigError
 from llmcore.train.launch import launched, threads_per_process
 
 T = TypeVar("T")
+_ended: list[Any] = []  # process groups, see join
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class World:
         """The largest of all ranks' values, on all ranks; each of them must call it. No GPU takes part."""
         if self.size == 1:
             return value
-        box = torch.tensor(value)
+        box = torch.tensor(int(value))  # a bool would be of another type, and size, than the other ranks' numbers
         dist.all_reduce(box, dist.ReduceOp.MAX)
         return int(box)
 
@@ -99,6 +100,9 @@ def join(device: torch.device, alone: bool = True) -> Iterator[World]:
     try:
         yield World(dist.get_rank(), dist.get_world_size(), device)
     finally:
+        # DDP, which an exception's traceback keeps alive, must not be the last to let go of the group: it would hold
+        # Python's lock while it waits for gloo's threads, which may need the lock to end
+        _ended.append(dist.group.WORLD)
         dist.destroy_process_group()
 
 
