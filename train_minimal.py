@@ -287,4 +287,4 @@ def fail(message: object, code: int, world: World | None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch.leave(main())

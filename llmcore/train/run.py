@@ -92,14 +92,16 @@ def _find_start(config: TrainConfig) -> Start:
 
 
 def open_run(config: TrainConfig, start: Start, held: ExitStack) -> Path:
-    """The directory that `start` means, locked as long as `held` lasts. A new one is made; in one that is gone on with,
-    what a crash left is cleared: half-written checkpoints and a half-written line of the log; and checkpoints newer
-    than start's, which do not verify, are renamed out of the way. One process only calls this."""
+    """The directory that `start` means. A new one is made; in one that is gone on with, what a crash left is cleared:
+    half-written checkpoints and a half-written line of the log; and checkpoints newer than start's, which do not
+    verify, are renamed out of the way. The run is locked until `held` closes. One process only calls this."""
     if start.run is not None:
         held.enter_context(_hold(start.run))
-        for step, path in checkpoints(start.run).items():
-            if step > start.step:
-                path.rename(_unused(path.with_name(path.name + ".corrupt")))
+        newer = [path for step, path in checkpoints(start.run).items() if step > start.step]
+        if whole := [path.name for path in newer if _is_whole(path)]:  # of a process that ended just now
+            raise ConfigError(f"the run {start.run} has gone on to {whole[0]} meanwhile; start this one again.")
+        for path in newer:
+            path.rename(_unused(path.with_name(path.name + ".corrupt")))
         for path in start.run.glob("step_*.tmp"):
             shutil.rmtree(path)
         _mend_log(start.run / "log.jsonl")
@@ -144,6 +146,14 @@ def _hold(run: Path, shared: bool = False) -> Iterator[None]:
         except OSError as error:  # some network file systems
             print(f"train_minimal.py: {path} cannot be locked: {error.strerror}; let no other process train there.")
         yield
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        verify(checkpoint)
+    except CheckpointError:
+        return False
+    return True
 
 
 def how_to_go_on(run: Path | None) -> str:

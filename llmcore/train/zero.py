@@ -88,7 +88,7 @@ class ZeroEngine(Engine):
     def largest_weight(self) -> float:
         mine = [shard.abs().max() for shard in self._shards() if shard.numel()]
         largest = torch.stack(mine).max() if mine else torch.zeros((), device=self.world.device)
-        largest = largest.nan_to_num(nan=math.inf).to(self.world.device)
+        largest = largest.nan_to_num(nan=math.inf, posinf=math.inf).to(self.world.device)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return largest.item()
 
@@ -164,12 +164,13 @@ class ZeroEngine(Engine):
                 safe_set_full_optimizer_state(p, read(f"{name}.{moment}").to(self.world.device), moment)
 
     def _scale_state(self) -> dict[str, float] | None:
+        if not self.fp16:
+            return None
         scaler = self.zero.optimizer.loss_scaler
-        return {name: getattr(scaler, name) for name in SCALER} if self.fp16 else None
+        return {name: getattr(scaler, name) for name in SCALER if hasattr(scaler, name)}  # a fixed scale has the first
 
     def _load_scale(self, state: dict[str, float]) -> None:
-        if self.fp16:
-            scaler = self.zero.optimizer.loss_scaler
+        if self.fp16 and (scaler := self.zero.optimizer.loss_scaler).dynamic:
             scaler.cur_scale = state["scale"] if "scale" in state else state["cur_scale"]
             for name in SCALER[1:]:
                 setattr(scaler, name, state.get(name, getattr(scaler, name)))

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ import pytest
 import train_minimal
 from llmcore.train import checkpoint
 from llmcore.train.checkpoint import CheckpointError, checkpoints, verify
-from llmcore.train.run import read_log
+from llmcore.train.config import ConfigError, TrainConfig
+from llmcore.train.run import find_start, open_run, read_log
 from llmcore.train.saver import Saver
 
 ROOT = Path(__file__).parents[2]
@@ -197,6 +199,17 @@ def test_a_run_that_is_being_written_is_left_alone(
     error = capsys.readouterr().err
     assert error.count(f"the run {run} is being written by another process") == 2 and error.count("\n") == 2
     assert train_minimal.main(["--resume", str(run), "--max_steps", "8"]) == 0, "afterwards it is free"
+
+
+def test_checkpoints_that_came_meanwhile_are_kept(small: list[str], tmp_path: Path):
+    run = tmp_path / "runs" / "a"
+    assert train_minimal.main([*small, "--name", "a", "--checkpoint_interval", "2"]) == 0
+    (run / "step_6").rename(tmp_path / "step_6")
+    start = find_start(TrainConfig(resume=str(run)))
+    (tmp_path / "step_6").rename(run / "step_6")
+    with ExitStack() as held, pytest.raises(ConfigError, match="has gone on to step_6 meanwhile"):
+        open_run(TrainConfig(resume=str(run)), start, held)
+    assert set(checkpoints(run)) == {2, 4, 6}
 
 
 def test_what_a_crash_left_is_cleared(small: list[str], tmp_path: Path):
