@@ -89,11 +89,12 @@ def train(
         facts = {"seconds": elapsed(), "config": config.to_dict(), "text": corpus.fingerprint, "best": asdict(best),
                  "global_batch": global_batch}  # fmt: skip
         with meter.paused():
+            saver.finish()  # before there is a second copy of everything in memory
             require_finite("the largest weight", engine.largest_weight(), step)
             saver.save(step, engine.snapshot(), facts, best)
 
     best, max_steps = start.best, config.steps(corpus.train.size, world.size)
-    step = saved = start.step
+    step, saved = start.step, start.step if start.run else None
     began = time.perf_counter() - start.seconds
     with saver, batch, profile:
         while True:
@@ -102,6 +103,9 @@ def train(
                 seconds = world.from_first(seconds)  # all ranks must stop at the same step
             done = progress(step, seconds, max_steps, config.max_seconds)
             if done >= 1:
+                break
+            if best.is_lost(config.patience):
+                report.say(f"step {step}  no better validation since step {best.step}: the run stops here")
                 break
 
             # The batch: a function of the seed and the step, of which this rank takes its slice.
@@ -136,15 +140,12 @@ def train(
             if best.step == step or (config.checkpoint_interval and step % config.checkpoint_interval == 0):
                 save()
                 saved = step
-            if number := world.most(stop.number or saver.poll()):
-                saver.finish()
+            if number := world.most(stop.number or int(saver.poll())):
+                saver.finish()  # raises what went wrong, if that is why
                 if step != saved:
                     save()
                     saver.finish()
                 raise Stopped(number)
-            if best.is_lost(config.patience):
-                report.say(f"step {step}  no better validation since step {best.step}: the run stops here")
-                break
 
         report.close()
         if step != saved:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -126,8 +127,10 @@ def join(device: torch.device, alone: bool = True) -> Iterator[World]:
             f"{me} could not connect to the other ranks; if they run, let GLOO_SOCKET_IFNAME (on GPUs also "
             "NCCL_SOCKET_IFNAME) name the network interface that leads to them"
         ) from error
+    mine = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # DeepSpeed reads them without a launcher, too
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), device, store)
+        with patch.dict(os.environ, {} if launched() else mine):
+            yield World(dist.get_rank(), dist.get_world_size(), device, store)
     except RuntimeError as error:
         if _is_lost(error):
             raise Lost from error

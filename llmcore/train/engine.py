@@ -167,7 +167,7 @@ class Engine:
 
     def _require_moments(self, file: Path, names: list[str]) -> None:
         parameters = dict(self.model.named_parameters())
-        if {name.rpartition(".")[0] for name in names} not in (set(parameters), set()):
+        if not {name.rpartition(".")[0] for name in names} <= set(parameters):  # Muon's skipped first step leaves none
             raise CheckpointError(f"{file} does not hold the state of this model's parameters.")
         for name in names:
             parameter, _, moment = name.rpartition(".")

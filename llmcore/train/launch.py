@@ -120,6 +120,7 @@ def launch(count: int, command: list[str]) -> int:
         local_addr="localhost",
         max_restarts=0,
     )
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds in which a rank may save what it has
     logging.disable(logging.ERROR)  # the launcher's own: the processes say why they stop
     try:
         elastic_launch(config, command[0])(*command[1:])

@@ -1,6 +1,7 @@
 """What one sees of a run: a live line on a terminal, plain lines elsewhere; and how fast it is."""
 
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -138,7 +139,10 @@ class Report:
         if self.bar is not None:
             self.bar.write(text, file=sys.stdout)
         elif self.first:
-            print(text, flush=True)
+            try:
+                print(text, flush=True)
+            except BrokenPipeError:  # nobody reads any more, as after `| head`: the run goes on
+                sys.stdout = open(os.devnull, "w")
 
     def show(self, text: str, done: float) -> None:
         """The state of the run, in place of the one before on a terminal; `done` is the share that is over."""

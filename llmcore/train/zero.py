@@ -29,9 +29,6 @@ from llmcore.train.optimizer import ADAM, build_optimizer
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-for _name, _value in (("LOCAL_RANK", "0"), ("RANK", "0"), ("WORLD_SIZE", "1")):
-    os.environ.setdefault(_name, _value)  # DeepSpeed reads them in a single process too
-
 import deepspeed  # noqa: E402
 from deepspeed.utils import (  # noqa: E402
     safe_get_full_fp32_param,

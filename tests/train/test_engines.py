@@ -153,7 +153,7 @@ def same_bits_of_average(a: Path, b: Path) -> bool:
 CHANGES = [
     pytest.param((0, 2), (0, 1), id="two ranks, then one", marks=pytest.mark.slow),
     pytest.param((0, 1), (0, 3), id="one rank, then three"),
-    pytest.param((0, 2), (3, 2), id="ddp, then zero 3", marks=needs_deepspeed),
+    pytest.param((0, 2), (3, 2), id="ddp, then zero 3", marks=[needs_deepspeed, pytest.mark.slow]),
     pytest.param((2, 2), (0, 1), id="zero 2, then one", marks=needs_deepspeed),
 ]
 
@@ -213,6 +213,14 @@ def test_tokens_weigh_the_same_wherever_they_are():
     assert total.item() == pytest.approx(loss.item(), rel=1e-6)
     for p, gradient in zip(model.parameters(), given, strict=True):
         torch.testing.assert_close(gradient, p.grad, rtol=1e-4, atol=1e-7)
+
+
+@needs_deepspeed
+def test_zero_without_a_launcher(small: list[str], one: Path, tmp_path: Path, run_script: Script):
+    argv = [argument for argument in options(small, tmp_path, 3, 1) if argument]
+    result = run_script([], [*argv, "--name", "given"])
+    assert result.returncode == 0, result.stderr
+    assert_same_training(tmp_path / "given", one)
 
 
 def test_muon_needs_whole_matrices(tmp_path: Path):

@@ -29,19 +29,22 @@ def same_bits(a: Path, b: Path) -> bool:
     return all((a / name).read_bytes() == (b / name).read_bytes() for name in FILES if (a / name).exists())
 
 
-def test_fifty_kills_change_no_bit(small: list[str], tmp_path: Path):
-    argv = [*small, "--max_steps", "400", "--checkpoint_interval", "2", "--eval_interval", "6", "--ema_decay", "0.9",
+@pytest.mark.parametrize(("kills", "steps"), [(12, 120), pytest.param(50, 400, marks=pytest.mark.slow)])
+def test_kills_change_no_bit(kills: int, steps: int, small: list[str], tmp_path: Path):
+    argv = [*small, "--max_steps", str(steps), "--checkpoint_interval", "2", "--eval_interval", "6", "--ema_decay", "0.9",
             "--sample.tokens", "0"]  # fmt: skip
-    command = [sys.executable, str(ROOT / "tests" / "train" / "crash.py"), "50", "1", *argv, "--name", "killed"]
+    command = [sys.executable, str(ROOT / "tests" / "train" / "crash.py"), str(kills), "1", *argv, "--name", "killed"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stdout + result.stderr
     died = json.loads(result.stdout)
-    assert sum(died.values()) == 50 and all(died[place] >= 5 for place in ("step", "save", "validation", "clock"))
+    assert sum(died.values()) == kills and all(
+        died[place] >= kills // 10 for place in ("step", "save", "validation", "clock")
+    )
     assert train_minimal.main([*argv, "--name", "straight"]) == 0
     killed, straight = tmp_path / "runs" / "killed", tmp_path / "runs" / "straight"
-    assert (killed / "final").resolve().name == (straight / "final").resolve().name == "step_400"
-    assert same_bits(straight / "step_400", killed / "step_400")
+    assert (killed / "final").resolve().name == (straight / "final").resolve().name == f"step_{steps}"
+    assert same_bits(straight / f"step_{steps}", killed / f"step_{steps}")
     assert not list(killed.glob("*.tmp")) and not list(killed.glob("*.corrupt"))
     assert {line["step"]: line["loss"] for line in read_log(killed) if "loss" in line} == {
         line["step"]: line["loss"] for line in read_log(straight) if "loss" in line
@@ -210,6 +213,19 @@ def test_checkpoints_that_came_meanwhile_are_kept(small: list[str], tmp_path: Pa
     with ExitStack() as held, pytest.raises(ConfigError, match="has gone on to step_6 meanwhile"):
         open_run(TrainConfig(resume=str(run)), start, held)
     assert set(checkpoints(run)) == {2, 4, 6}
+
+
+def test_final_stays_and_patience_is_kept(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(train_minimal, "bits_per_byte", lambda *_: 2.0)
+    options = ["--name", "a", "--eval_interval", "1", "--patience", "2"]
+    assert train_minimal.main([*small, *options]) == 0
+    run = tmp_path / "runs" / "a"
+    for _ in range(2):
+        assert train_minimal.main(["--resume", str(run)]) == 0
+        assert (run / "final").resolve().name == "step_3", "a run that has stopped does not train one more step"
+    argv = ["--resume", str(run / "final"), "--name", "b", "--out_dir", str(run.parent)]
+    assert train_minimal.main(argv) == 0
+    verify((run.parent / "b" / "final").resolve())
 
 
 def test_what_a_crash_left_is_cleared(small: list[str], tmp_path: Path):
