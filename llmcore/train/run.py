@@ -2,6 +2,7 @@
 written over: a run starts afresh, goes on in its own directory, or goes on from one checkpoint in a new directory.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -122,11 +123,11 @@ def open_run(config: TrainConfig, start: Start, held: ExitStack) -> Path:
 @contextmanager
 def _hold(run: Path, shared: bool = False) -> Iterator[None]:
     """Lock the run's config.yaml as long as the block lasts; the system frees it even if the process is killed. Raises
-    ConfigError if another process trains there. `shared` only asks."""
+    ConfigError if another process trains there. `shared` only asks. Nothing is locked on a disk that knows no locks."""
     if fcntl is None:  # Windows
         yield
         return
-    with (run / "config.yaml").open("rb") as file:
+    with (run / "config.yaml").open("rb" if shared else "r+b") as file:  # NFS locks only what may be written to
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -134,6 +135,9 @@ def _hold(run: Path, shared: bool = False) -> Iterator[None]:
                 f"the run {run} is being written by another process; wait for its end, or resume from one of its "
                 "checkpoints, which makes a run of its own."
             ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
         yield
 
 
