@@ -115,7 +115,8 @@ def train(
             norm = engine.step(lr, step)
             guard.check(norm)
             step += 1
-            profile.step()
+            with meter.paused():
+                profile.step()
 
             meter.add(loss, norm)
             if step % config.log_interval == 0 or step == max_steps:
@@ -286,4 +287,4 @@ def fail(message: object, code: int, world: World | None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch.leave(main())

@@ -17,7 +17,7 @@ from unittest.mock import patch
 import torch
 
 import train_minimal
-from llmcore.data import Batches
+from llmcore.data import Prefetch
 from llmcore.train import distributed
 from llmcore.train.optimizer import Optimizers
 from llmcore.train.progress import Meter
@@ -27,7 +27,7 @@ FIRST = 20  # steps that do not count: the allocator and the caches are cold
 # What a step is made of; time in one that another calls is its own alone. The first begins the step, and what is named
 # outside is the loop's though another may call it.
 PARTS = (
-    ("batch", Batches, "__call__"),
+    ("batch", Prefetch, "__call__"),
     ("forward and backward", train_minimal, "forward_backward"),
     ("clip", torch.nn.utils, "clip_grad_norm_"),
     ("optimizer", Optimizers, "step"),

@@ -173,8 +173,10 @@ def _is_lost(error: RuntimeError) -> bool:
 
 def seed_step(seed: int, step: int, micro_step: int, rank: int) -> None:
     """Random numbers of a forward pass depend on nothing but these: there is no generator state to save."""
-    entropy = np.random.SeedSequence([seed, step, micro_step, rank])
-    torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+    value = int(np.random.SeedSequence([seed, step, micro_step, rank]).generate_state(1, np.uint64)[0])
+    torch.default_generator.manual_seed(value)  # torch.manual_seed formats a stack trace where no GPU is in use
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(value)
 
 
 def digest(*parts: object) -> str:

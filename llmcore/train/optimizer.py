@@ -45,12 +45,10 @@ class Optimizers:
             group["lr"] = lr
 
     def step(self, skip: Tensor | None = None) -> None:
-        """Make a step, unless `skip` is 1.0: Adam then leaves weights and moments alone without asking a GPU; for Muon
-        the value is fetched."""
+        """Make a step, unless `skip` is 1.0, which leaves weights and moments alone. A GPU is not waited for."""
         for optimizer in self.optimizers:
-            if isinstance(optimizer, torch.optim.Muon):
-                if skip is None or not skip.item():
-                    optimizer.step()
+            if skip is not None and isinstance(optimizer, torch.optim.Muon):
+                _step_of_muon(optimizer, skip.bool())
             else:
                 optimizer.found_inf = skip  # type: ignore[attr-defined]  # as torch.amp.GradScaler does
                 optimizer.step()
@@ -72,6 +70,20 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizers:
         return Optimizers([muon, torch.optim.AdamW(rest, lr=config.lr, betas=betas, fused=True)])
     adam = torch.optim.Adam if config.kind == "adam" else torch.optim.AdamW
     return Optimizers([adam(_groups(model, config), lr=config.lr, betas=betas, fused=True)])
+
+
+@torch.no_grad()
+def _step_of_muon(muon: torch.optim.Muon, skip: Tensor) -> None:
+    """Muon cannot skip a step itself. A gradient that is the momentum leaves the momentum as it is, and the weights are
+    put back: next to Muon's matrix products a copy costs nothing."""
+    parameters = [p for group in muon.param_groups for p in group["params"]]
+    before = [p.clone() for p in parameters]
+    for p in parameters:
+        momentum = muon.state[p].get("momentum_buffer", torch.zeros((), dtype=p.dtype, device=p.device))
+        p.grad = torch.where(skip, momentum, p.grad)
+    muon.step()
+    for p, old in zip(parameters, before, strict=True):
+        p.copy_(torch.where(skip, old, p))
 
 
 def _groups(model: nn.Module, config: OptimizerConfig, without: Iterable[Tensor] = ()) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 written over: a run starts afresh, goes on in its own directory, or goes on from one checkpoint in a new directory.
 """
 
-import errno
 import json
 import os
 import shutil
@@ -60,8 +59,6 @@ def find_start(config: TrainConfig) -> Start:
         _require_writable(Path(config.out_dir), "out_dir")
     else:
         _require_writable(start.run, "the run")
-        with _hold(start.run, shared=True):
-            pass
     return start
 
 
@@ -74,6 +71,7 @@ def _find_start(config: TrainConfig) -> Start:
         run = named if named is not None else _newest_run(Path(config.out_dir))
         if run is None or not os.path.lexists(run):
             return Start()
+        _require_free(run)
         checkpoint = newest_checkpoint(run)
         return Start(run) if checkpoint is None else _from(checkpoint, run)
     if config.resume is not None and _is_run(Path(config.resume)):
@@ -83,6 +81,7 @@ def _find_start(config: TrainConfig) -> Start:
                 f"name is {config.name!r}, but --resume {run} goes on in that run's own folder; "
                 "leave --name out, or resume from one of its checkpoints."
             )
+        _require_free(run)
         checkpoint = newest_checkpoint(run)
         if checkpoint is None:
             raise CheckpointError(f"the run {run} holds no checkpoint to resume from.")
@@ -93,14 +92,16 @@ def _find_start(config: TrainConfig) -> Start:
 
 
 def open_run(config: TrainConfig, start: Start, held: ExitStack) -> Path:
-    """The directory that `start` means, locked as long as `held` lasts. A new one is made; in one that is gone on with,
-    what a crash left is cleared: half-written checkpoints and a half-written line of the log; and checkpoints newer
-    than start's, which do not verify, are renamed out of the way. One process only calls this."""
+    """The directory that `start` means. A new one is made; in one that is gone on with, what a crash left is cleared:
+    half-written checkpoints and a half-written line of the log; and checkpoints newer than start's, which do not
+    verify, are renamed out of the way. The run is locked until `held` closes. One process only calls this."""
     if start.run is not None:
         held.enter_context(_hold(start.run))
-        for step, path in checkpoints(start.run).items():
-            if step > start.step:
-                path.rename(_unused(path.with_name(path.name + ".corrupt")))
+        newer = [path for step, path in checkpoints(start.run).items() if step > start.step]
+        if whole := [path.name for path in newer if _is_whole(path)]:  # of a process that ended just now
+            raise ConfigError(f"the run {start.run} has gone on to {whole[0]} meanwhile; start this one again.")
+        for path in newer:
+            path.rename(_unused(path.with_name(path.name + ".corrupt")))
         for path in start.run.glob("step_*.tmp"):
             shutil.rmtree(path)
         _mend_log(start.run / "log.jsonl")
@@ -120,14 +121,21 @@ def open_run(config: TrainConfig, start: Start, held: ExitStack) -> Path:
     return run
 
 
+def _require_free(run: Path) -> None:
+    """Raise a ConfigError if another process trains there."""
+    with _hold(run, shared=True):
+        pass
+
+
 @contextmanager
 def _hold(run: Path, shared: bool = False) -> Iterator[None]:
     """Lock the run's config.yaml as long as the block lasts; the system frees it even if the process is killed. Raises
-    ConfigError if another process trains there. `shared` only asks. Nothing is locked on a disk that knows no locks."""
-    if fcntl is None:  # Windows
+    ConfigError if another process trains there. `shared` only asks."""
+    path = run / "config.yaml"
+    if fcntl is None or not path.is_file():  # Windows; or a run that was killed while it was made
         yield
         return
-    with (run / "config.yaml").open("rb" if shared else "r+b") as file:  # NFS locks only what may be written to
+    with path.open("r+b") as file:
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -135,10 +143,17 @@ def _hold(run: Path, shared: bool = False) -> Iterator[None]:
                 f"the run {run} is being written by another process; wait for its end, or resume from one of its "
                 "checkpoints, which makes a run of its own."
             ) from error
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
+        except OSError as error:  # some network file systems
+            print(f"train_minimal.py: {path} cannot be locked: {error.strerror}; let no other process train there.")
         yield
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        verify(checkpoint)
+    except CheckpointError:
+        return False
+    return True
 
 
 def how_to_go_on(run: Path | None) -> str:

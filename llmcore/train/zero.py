@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from torch import Tensor
 
 from llmcore import models
+from llmcore.models.checkpoint import WEIGHTS
 from llmcore.train.average import Average
-from llmcore.train.checkpoint import weights_of
 from llmcore.train.config import TrainConfig
 from llmcore.train.distributed import World
 from llmcore.train.engine import Engine, Plan
@@ -60,6 +61,8 @@ class ZeroEngine(Engine):
             model=model, optimizer=adam, config=plan.zero.values, dist_init_required=False
         )
         self.parallel = self.zero
+        if self.fp16:
+            self.zero.optimizer.loss_scaler.raise_error_at_min_scale = False  # the run ends by its own max_skipped
         self.autocast = torch.autocast(world.device.type, enabled=False)
         self.average = self._start_average()
 
@@ -85,7 +88,7 @@ class ZeroEngine(Engine):
     def largest_weight(self) -> float:
         mine = [shard.abs().max() for shard in self._shards() if shard.numel()]
         largest = torch.stack(mine).max() if mine else torch.zeros((), device=self.world.device)
-        largest = largest.nan_to_num(nan=math.inf).to(self.world.device)
+        largest = largest.nan_to_num(nan=math.inf, posinf=math.inf).to(self.world.device)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return largest.item()
 
@@ -139,9 +142,9 @@ class ZeroEngine(Engine):
         return collected
 
     def _load_weights(self, folder: Path) -> None:
-        weights = weights_of(folder)
-        for name, p in self.model.named_parameters():
-            safe_set_full_fp32_param(p, weights[name].to(self.world.device))
+        with safe_open(folder / WEIGHTS, framework="pt") as file:  # one tensor at a time: no rank need hold them all
+            for name, p in self.model.named_parameters():
+                safe_set_full_fp32_param(p, file.get_tensor(name).to(self.world.device))
         self._weights_changed()
 
     def _load_moments(self, read: Callable[[str], Tensor], names: list[str]) -> None:
@@ -161,12 +164,13 @@ class ZeroEngine(Engine):
                 safe_set_full_optimizer_state(p, read(f"{name}.{moment}").to(self.world.device), moment)
 
     def _scale_state(self) -> dict[str, float] | None:
+        if not self.fp16:
+            return None
         scaler = self.zero.optimizer.loss_scaler
-        return {name: getattr(scaler, name) for name in SCALER} if self.fp16 else None
+        return {name: getattr(scaler, name) for name in SCALER if hasattr(scaler, name)}  # a fixed scale has the first
 
     def _load_scale(self, state: dict[str, float]) -> None:
-        if self.fp16:
-            scaler = self.zero.optimizer.loss_scaler
+        if self.fp16 and (scaler := self.zero.optimizer.loss_scaler).dynamic:
             scaler.cur_scale = state["scale"] if "scale" in state else state["cur_scale"]
             for name in SCALER[1:]:
                 setattr(scaler, name, state.get(name, getattr(scaler, name)))

@@ -71,9 +71,9 @@ def main() -> None:
     died: collections.Counter[str] = collections.Counter()
     while died.total() < kills:
         place = draw.choice([*PLACES, "clock"])
-        process = child(argv, place, draw.randint(1, 30))
+        process = child(argv, place, draw.randint(1, 20))
         if place == "clock":
-            time.sleep(draw.uniform(0.3, 1.2))
+            time.sleep(draw.uniform(0.2, 0.9))
             os.kill(process, signal.SIGKILL)
         status = os.waitpid(process, 0)[1]
         if not os.WIFSIGNALED(status):

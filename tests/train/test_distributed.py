@@ -15,12 +15,25 @@ import torch
 import train_minimal
 from llmcore import models
 from llmcore.train import distributed
-from llmcore.train.checkpoint import newest_checkpoint
+from llmcore.train.checkpoint import checkpoints, newest_checkpoint
 from llmcore.train.run import read_log
 
 Script = Callable[[list[str], list[str]], subprocess.CompletedProcess[str]]
 ROOT = Path(__file__).parents[2]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost", "--nproc_per_node", "2"]
+
+SIGNALLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import train_minimal
+original = train_minimal.forward_backward
+def forward_backward(engine, inputs, targets, step):
+    if step == 3 and engine.world.rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return original(engine, inputs, targets, step)
+train_minimal.forward_backward = forward_backward
+sys.exit(train_minimal.main(sys.argv[2:]))  # the first is the script that this one stands for
+"""
 
 
 def curve(run: Path) -> list[float]:
@@ -114,3 +127,11 @@ def test_a_signal_saves_the_step_and_is_one_sentence(small: list[str], tmp_path:
     newest = newest_checkpoint(tmp_path / "runs" / "a")
     assert newest is not None and newest.name == f"step_{last}", "the step that was being made is saved"
     assert train_minimal.main(["--resume", str(tmp_path / "runs" / "a"), "--max_steps", str(last + 3)]) == 0
+
+
+def test_a_signal_to_one_rank_stops_and_saves_all(small: list[str], tmp_path: Path, run_script: Script):
+    script = tmp_path / "signalled.py"
+    script.write_text(SIGNALLED.format(root=str(ROOT)))
+    result = run_script([*TORCHRUN, str(script)], [*small, "--name", "a"])
+    assert result.stderr.count("interrupted by SIGTERM; --resume") == 1, result.stderr
+    assert set(checkpoints(tmp_path / "runs" / "a")) == {4}

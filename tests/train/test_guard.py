@@ -1,5 +1,7 @@
 """Gradients that are no numbers: the step is not made, on any rank, and counted; losses that jump are found."""
 
+import importlib.util
+import json
 import math
 import subprocess
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from llmcore.train.run import read_log
 Script = Callable[[list[str], list[str]], subprocess.CompletedProcess[str]]
 ROOT = Path(__file__).parents[2]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost", "--nproc_per_node", "2"]
+NEEDS_DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 # train_minimal.py with a gradient of one rank that is not a number in some steps, before DDP averages it
 POISONED = """
 import os, sys
@@ -68,15 +71,49 @@ def test_a_step_without_a_finite_gradient_is_not_made(small, tmp_path: Path, mon
     assert all(math.isfinite(line["loss"]) for line in lines)
 
 
-def test_one_ranks_gradient_stops_the_step_of_all(small, tmp_path: Path, run_script: Script):
+ENGINES = [
+    "ddp",
+    *(pytest.param(name, marks=NEEDS_DEEPSPEED) for name in ("zero 3 fp32", "zero 2 bf16")),
+    *(
+        pytest.param(name, marks=[NEEDS_DEEPSPEED, pytest.mark.slow])
+        for name in ("zero 1 fp32", "zero 2 fp32", "zero 1 bf16", "zero 3 bf16", "zero 2 fp16")
+    ),
+]
+
+
+def poisoned(engine: str, tmp_path: Path, small: list[str], bad: list[int]) -> tuple[list[str], list[str]]:
+    """A script of two ranks, the second of which has a gradient that is no number in the steps `bad`, and options."""
     script = tmp_path / "poisoned.py"
-    script.write_text(POISONED.format(root=str(ROOT), bad=[3]))
-    options = ["--name", "a", "--checkpoint_interval", "1", "--keep_checkpoints", "null"]
-    result = run_script([*TORCHRUN, str(script)], [*small, *options])
+    script.write_text(POISONED.format(root=str(ROOT), bad=bad))
+    options = [*small, "--name", "a", "--checkpoint_interval", "1", "--keep_checkpoints", "null"]
+    if engine != "ddp":
+        _, stage, precision = engine.split()
+        (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": int(stage)}}))
+        options += ["--deepspeed", str(tmp_path / "zero.json"), "--precision", precision]
+    return [*TORCHRUN, str(script)], options
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_one_ranks_gradient_stops_the_step_of_all(engine: str, small, tmp_path: Path, run_script: Script):
+    result = run_script(*poisoned(engine, tmp_path, small, [3]))
     assert result.returncode == 0, result.stderr
     run = tmp_path / "runs" / "a"
     assert same_files(run / "step_2", run / "step_3") and not same_files(run / "step_3", run / "step_4")
     assert [line["skipped"] for line in read_log(run) if "loss" in line] == [0, 0, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("zero 3 bf16", marks=[NEEDS_DEEPSPEED, pytest.mark.slow])])
+def test_ten_in_a_row_end_the_run_of_all_ranks(engine: str, small, tmp_path: Path, run_script: Script):
+    launcher, options = poisoned(engine, tmp_path, small, list(range(4, 20)))
+    options += ["--max_steps", "20", "--checkpoint_interval", "3"]
+    result = run_script(launcher, options)
+    assert result.returncode == 1
+    run = tmp_path / "runs" / "a"
+    words = f"the gradient was not finite in 10 steps in a row, up to step 13; lower optimizer.lr; --resume {run} goes"
+    assert result.stderr.count(words) == 1
+    result = run_script(TORCHRUN, ["--resume", str(run), "--max_steps", "16"])
+    assert result.returncode == 0, result.stderr
+    assert (run / "final").resolve().name == "step_16"
 
 
 def test_many_in_a_row_end_the_run_with_a_healthy_checkpoint(small, tmp_path: Path, monkeypatch, capsys):

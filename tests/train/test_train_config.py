@@ -1,5 +1,6 @@
 """The command line and YAML: what wins over what, and one sentence for whatever is wrong."""
 
+import importlib.util
 import re
 import subprocess
 from collections.abc import Callable
@@ -196,3 +197,19 @@ def test_folder_that_cannot_be_written_to(
     monkeypatch.setattr("llmcore.train.run.os.access", lambda *_: False)  # root may write anywhere
     assert train_minimal.main(["--dry_run", "--out_dir", str(tmp_path / "runs" / "more")]) == 2
     assert f"but {tmp_path} cannot be written to" in capsys.readouterr().err
+
+
+EVERY = [
+    *(["--config", str(path)] for path in sorted(CONFIGS.glob("*.yaml"))),
+    *(["--deepspeed", str(path)] for path in sorted((CONFIGS / "deepspeed").glob("*.json"))),
+]
+
+
+@pytest.mark.parametrize("num_gpus", ["1", "8"])
+@pytest.mark.parametrize("argv", EVERY, ids=lambda argv: Path(argv[1]).name)
+def test_every_configuration_dry_runs(argv: list[str], num_gpus: str, capsys: pytest.CaptureFixture[str]):
+    if argv[0] == "--deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed")
+    assert train_minimal.main([*argv, "--num_gpus", num_gpus, "--dry_run"]) == 0
+    output = capsys.readouterr()
+    assert output.err == "" and f"x {num_gpus} processes" in output.out and "note" not in output.out

@@ -11,6 +11,8 @@ import torch
 import train_minimal
 from llmcore import models
 from llmcore.data import load_corpus
+from llmcore.train.checkpoint import verify
+from llmcore.train.loss_scale import LossScale
 from llmcore.train.run import read_log
 
 
@@ -43,9 +45,19 @@ def test_a_run_learns_logs_and_samples(small: list[str], tmp_path: Path, capsys:
     assert len(output.split("\n\nline ")) == 2, "the sample is the last thing printed, after an empty line"
 
 
-def test_resume_is_exact(small: list[str], tmp_path: Path):
+EXACT = {
+    "plain": [],
+    "fp16": ["--precision", "fp16"],
+    "muon in bf16": ["--precision", "bf16", "--optimizer.kind", "muon"],
+    "dropout": ["--model.dropout", "0.1", "--batch_size", "2", "--gradient_accumulation", "2"],
+    "dropout, recomputed": ["--model.dropout", "0.1", "--activation_checkpointing", "1", "--data.workers", "2"],
+}
+
+
+@pytest.mark.parametrize("options", EXACT.values(), ids=EXACT)
+def test_resume_is_exact(options: list[str], small: list[str], tmp_path: Path):
     straight, resumed = tmp_path / "runs" / "straight", tmp_path / "runs" / "resumed"
-    run(*small, "--name", "straight", "--max_steps", "20", "--checkpoint_interval", "10")
+    run(*small, *options, "--name", "straight", "--max_steps", "20", "--checkpoint_interval", "10")
     resumed.mkdir()
     shutil.copy(straight / "config.yaml", resumed)
     shutil.copytree(straight / "step_10", resumed / "step_10")
@@ -196,11 +208,39 @@ def test_time_limit(small: list[str], tmp_path: Path):
     assert 0.9 < log[-1]["seconds"] < 5 and rates[-1] < rates[0]
 
 
-def test_bf16(small: list[str], tmp_path: Path):
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_less_precision(precision: str, small: list[str], tmp_path: Path):
     run(*small, "--name", "fp32")
-    run(*small, "--name", "bf16", "--precision", "bf16")
-    fp32, bf16 = (losses(tmp_path / "runs" / name) for name in ("fp32", "bf16"))
-    assert fp32 != bf16 and list(bf16.values()) == pytest.approx(list(fp32.values()), rel=0.02)
+    run(*small, "--name", "less", "--precision", precision)
+    fp32, less = (losses(tmp_path / "runs" / name) for name in ("fp32", "less"))
+    assert fp32 != less and list(less.values()) == pytest.approx(list(fp32.values()), rel=0.02)
+
+
+def test_the_loss_scale_falls_until_gradients_are_finite(small: list[str], tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(LossScale.__init__, "__defaults__", (2.0**40,))
+    run(*small, "--name", "a", "--precision", "fp16", "--max_steps", "40", "--max_skipped", "30")
+    skipped = [line["skipped"] for line in read_log(tmp_path / "runs" / "a") if "loss" in line]
+    assert 5 < skipped[-1] < 35 and skipped[-1] == skipped[-3], "and then training goes on"
+    meta = verify(tmp_path / "runs" / "a" / "step_40")
+    assert meta["scale"]["scale"] == 2.0 ** (40 - skipped[-1])
+
+
+OPTIONS = {
+    "workers": ["--data.workers", "2"],
+    "recomputed": ["--activation_checkpointing", "all"],
+    "deterministic": ["--deterministic", "true"],
+    "profiled": ["--profile_steps", "2", "--max_steps", "9"],
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options_that_change_no_bit(options: list[str], small: list[str], tmp_path: Path):
+    run(*small, "--max_steps", "9", "--name", "plain")
+    run(*small, "--max_steps", "9", *options, "--name", "a")
+    assert losses(tmp_path / "runs" / "a") == losses(tmp_path / "runs" / "plain")
+    assert (tmp_path / "runs" / "a" / "profile" / "trace.json").exists() == ("--profile_steps" in options)
+    assert not torch.are_deterministic_algorithms_enabled() or "--deterministic" in options
+    torch.use_deterministic_algorithms(False)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
