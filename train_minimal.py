@@ -230,6 +230,7 @@ def main(argv: list[str] | None = None) -> int:
         corpus.require(config.seq_len)
         if not any(argument.startswith(("--data.train", "--data.valid")) for argument in argv):
             start.require_text(corpus)
+        start = start.on_text(corpus)
         device = launch.device(world_size)
         plan = make_plan(config, world_size, device)
         require_backends(device)
@@ -288,4 +289,5 @@ def fail(message: object, code: int, world: World | None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a model may write what a terminal cannot show
     launch.leave(main())

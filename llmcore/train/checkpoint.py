@@ -165,10 +165,11 @@ def point(run: Path, name: str, step: int) -> None:
 
 
 def tidy(run: Path, keep: int | None, best: Best) -> None:
-    """Delete all but the newest `keep` checkpoints and the best one, which gets the name run/best."""
+    """Delete all but the newest `keep` checkpoints, the best one, which gets the name run/best, and run/final."""
     found = checkpoints(run)
+    final = (run / "final").resolve().name
     for step in sorted(found)[: -keep if keep else 0]:
-        if step != best.step:
+        if step != best.step and found[step].name != final:
             shutil.rmtree(found[step].rename(found[step].with_suffix(".tmp")))
     if best.step in found:
         point(run, "best", best.step)

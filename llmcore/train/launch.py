@@ -31,7 +31,7 @@ def launched() -> bool:
 
 def is_first() -> bool:
     """Whether this process speaks for its machine."""
-    return not launched() or os.environ["LOCAL_RANK"] == "0"
+    return not launched() or os.environ["LOCAL_RANK"] == "0" or not os.environ["LOCAL_RANK"].isdecimal()
 
 
 def world_size(num_gpus: int | None, engine: str = "auto") -> int:
@@ -47,6 +47,14 @@ def world_size(num_gpus: int | None, engine: str = "auto") -> int:
         value, lowest = os.environ[name], int(name.endswith("WORLD_SIZE"))
         if not value.isdecimal() or int(value) < lowest:
             raise ConfigError(f"the environment's {name} is {value!r}; allowed is a whole number of at least {lowest}.")
+    for name, of in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if int(os.environ[name]) >= int(os.environ[of]):
+            raise ConfigError(
+                f"the environment's {name} is {os.environ[name]}; allowed is less than {of}, {os.environ[of]}."
+            )
+    port = os.environ["MASTER_PORT"]
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ConfigError(f"the environment's MASTER_PORT is {port!r}; allowed is a port from 1 to 65535.")
     size = int(os.environ["WORLD_SIZE"])
     if num_gpus not in (None, size):
         raise ConfigError(

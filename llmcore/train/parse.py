@@ -99,6 +99,9 @@ def _check_keys(content: dict[str, Any], source: str) -> None:
         for name in [str(key)] if inner is None else [f"{key}.{name}" for name in inner]:
             if name not in {*_keys(), *GROUPS}:
                 raise ConfigError(f"unknown key {name} in {source}{_did_you_mean(name, _keys())}")
+            given, kind = value if inner is None else inner[name.partition(".")[2]], _type_of(name)
+            if given is None and type(None) not in typing.get_args(kind):
+                raise ConfigError(f"{name} in {source} is null; allowed is {_allowed(kind)}.")
 
 
 def _check_option(name: str) -> None:

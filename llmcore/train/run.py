@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,10 @@ class Start:
                     f"was {_text(before)}; restore it, or give --data.train to go on with this text."
                 )
 
+    def on_text(self, corpus: Corpus) -> "Start":
+        """The same start; on another text no validation of before counts."""
+        return self if self.text in (None, corpus.fingerprint) else replace(self, best=Best())
+
 
 def find_start(config: TrainConfig) -> Start:
     """What `config.resume` and `config.name` mean. Only reads. Raises CheckpointError or ConfigError."""
@@ -88,7 +92,10 @@ def _find_start(config: TrainConfig) -> Start:
         return _from(checkpoint, run)
     if named is not None and os.path.lexists(named):
         raise ConfigError(f"the run {named} exists already; choose another --name, or go on with --resume {named}.")
-    return Start() if config.resume is None else _from(Path(config.resume), None)
+    if config.resume is None:
+        return Start()
+    path = Path(config.resume)
+    return _from(path.resolve() if os.path.islink(path) else path, None)  # run/best may soon be another one
 
 
 def open_run(config: TrainConfig, start: Start, held: ExitStack) -> Path:

@@ -56,7 +56,7 @@ def test_launcher_that_says_nonsense(value: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_num_gpus_under_a_launcher(monkeypatch: pytest.MonkeyPatch):
-    launched_by(monkeypatch, **{**TWO, "WORLD_SIZE": "4"})
+    launched_by(monkeypatch, **{**TWO, "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"})
     with pytest.raises(ConfigError, match="num_gpus is 2, but the launcher has started 4 processes"):
         launch.world_size(2)
     assert launch.world_size(4) == launch.world_size(None) == 4
@@ -92,3 +92,19 @@ def test_the_deepspeed_launcher_is_understood(monkeypatch: pytest.MonkeyPatch):
 
 def test_others_arguments_are_left_alone():
     assert launch.adopt_launcher(["--local_rank=1"]) == ["--local_rank=1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("RANK", "2", "RANK is 2; allowed is less than WORLD_SIZE, 2."),
+        ("LOCAL_RANK", "5", "LOCAL_RANK is 5; allowed is less than LOCAL_WORLD_SIZE, 2."),
+        ("LOCAL_RANK", "x", "LOCAL_RANK is 'x'; allowed is a whole number"),
+        ("MASTER_PORT", "99999", "MASTER_PORT is '99999'; allowed is a port"),
+        ("MASTER_PORT", "", "MASTER_PORT is ''; allowed is a port"),
+    ],
+)
+def test_environments_that_fit_nothing(name: str, value: str, words: str, monkeypatch: pytest.MonkeyPatch):
+    launched_by(monkeypatch, **{**TWO, name: value})
+    with pytest.raises(ConfigError, match=words):
+        launch.world_size(None)

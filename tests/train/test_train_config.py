@@ -172,6 +172,20 @@ def test_empty_and_list_yaml(tmp_path: Path):
             parse(["--config", str(tmp_path / "c.yaml")], "")
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("seed: null", "seed in {} is null; allowed is a whole number."),
+        ("engine: null", "engine in {} is null; allowed is one of auto, single, ddp, deepspeed."),
+        ("optimizer: {lr: null}", "optimizer.lr in {} is null; allowed is a number."),
+    ],
+)
+def test_null_where_it_is_not_allowed(content: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "c.yaml").write_text(content)
+    assert train_minimal.main(["--config", str(tmp_path / "c.yaml"), "--dry_run"]) == 2
+    assert words.format(tmp_path / "c.yaml") in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("section", ["optimizer:\n  # lr: 1\n", "optimizer: 5\n", "model:\n", "model: {1: 2}\n"])
 def test_sections_that_are_none(section: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "c.yaml").write_text(section)

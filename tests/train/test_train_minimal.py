@@ -316,6 +316,16 @@ def test_a_name_for_a_run_that_has_one(small: list[str], tmp_path: Path, capsys:
     assert "name is 'b', but --resume" in capsys.readouterr().err
 
 
+def test_a_name_is_another_name_of_a_checkpoint(small: list[str], tmp_path: Path):
+    run(*small, "--name", "a", "--max_steps", "4", "--eval_interval", "2", "--checkpoint_interval", "2")
+    folder = tmp_path / "runs"
+    run("--resume", str(folder / "a" / "final"), "--out_dir", str(folder), "--name", "b", "--max_steps", "5")
+    assert list(losses(folder / "b")) == [5]
+    options = ["--max_steps", "8", "--checkpoint_interval", "1", "--keep_checkpoints", "1"]
+    run("--resume", str(folder / "a"), *options)
+    models.load(folder / "a" / "final")
+
+
 def test_text_that_changed(small: list[str], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     copy = tmp_path / "text"
     shutil.copytree(text, copy)
@@ -328,3 +338,5 @@ def test_text_that_changed(small: list[str], text: Path, tmp_path: Path, capsys:
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and f"{copy} " in error and "give --data.train to go on with this text" in error
     run(*again, "--data.train", str(copy))
+    best = verify(tmp_path / "runs" / "a" / "step_2")["best"]
+    assert best["bits"] is None, "what was best on the other text is not, on this one"
