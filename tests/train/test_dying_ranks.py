@@ -31,7 +31,7 @@ train_minimal.__file__ = __file__
 argv = [argument for argument in sys.argv[1:] if not argument.endswith("train_minimal.py")]
 rank, change = os.environ.get("RANK"), {change!r}
 exec(change)
-sys.exit(train_minimal.main(argv))
+train_minimal.launch.leave(train_minimal.main(argv))
 """
 # the rank ends itself in its fifth step, once
 DYING = """
