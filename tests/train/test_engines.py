@@ -122,7 +122,7 @@ SLOW = {
     "ddp on 3",
     "zero 1 on 2",
     "zero 2 on 2",
-}  # the others show the same, in half the time
+}  # test_dying_ranks kills DDP too
 
 
 @pytest.mark.parametrize(
