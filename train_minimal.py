@@ -35,14 +35,14 @@ from llmcore.train.describe import describe
 from llmcore.train.distributed import World
 from llmcore.train.engine import Engine, Plan, build_engine, make_plan
 from llmcore.train.guard import Guard, Spikes
-from llmcore.train.machine import be_deterministic, keep_freed_memory, require_backends
+from llmcore.train.machine import be_deterministic, keep_freed_memory, out_of_memory, require_backends
 from llmcore.train.parse import flat, parse
 from llmcore.train.profile import Profile
 from llmcore.train.progress import Meter, Report
 from llmcore.train.run import Start, find_start, how_to_go_on, open_run
 from llmcore.train.saver import Saver
 from llmcore.train.schedule import learning_rate, progress
-from llmcore.train.sinks import open_sinks, require_sinks
+from llmcore.train.sinks import Sink, open_sinks, require_sinks
 from llmcore.train.stop import Stop, Stopped
 
 
@@ -61,17 +61,19 @@ def train(
     if start.checkpoint is not None:
         engine.restore(start.checkpoint, start.scale)
 
-    global_batch = config.global_batch(world.size)
+    global_batch, max_steps = config.global_batch(world.size), config.steps(corpus.train.size, world.size)
     batches = Batches(corpus.train, global_batch, config.seq_len, config.seed)
-    batch = Prefetch(batches, world.device, world.rank, world.size, config.data.workers)
-    guard, spikes = Guard(world.device), Spikes()
+    batch_of = Prefetch(batches, world.device, world.rank, world.size, config.data.workers)
+    guard, spikes = Guard(world.device, start.skipped), Spikes()
     flops_per_token = model.flops_per_token(config.seq_len)
     meter = Meter(global_batch * config.seq_len, flops_per_token, world.device, world.size)
     saver = Saver(run, world, model.config, config.keep_checkpoints, report.say)
     profile = Profile(run, config.profile_steps, world.rank == 0, report.say)
-    report.say(f"run     {run}, from {start.checkpoint or 'step 0'}")
+    report.say(f"run     {run}, from {start}")
     report.log(event="start", step=start.step, processes=world.size, engine=plan.engine, precision=plan.precision,
                config=config.to_dict())  # fmt: skip
+    step, saved, best = start.step, start.step if start.run else None, start.best
+    began = time.perf_counter() - start.seconds
 
     def elapsed() -> float:
         return time.perf_counter() - began - meter.seconds_paused
@@ -85,18 +87,20 @@ def train(
         require_finite("the loss on the held-out text", bits, step)
         return bits
 
-    def save() -> None:
-        facts = {"seconds": elapsed(), "config": config.to_dict(), "text": corpus.fingerprint, "best": asdict(best),
-                 "global_batch": global_batch}  # fmt: skip
+    def save(wait: bool = False) -> None:
+        nonlocal saved
+        meta = {"seconds": elapsed(), "config": config.to_dict(), "text": corpus.fingerprint, "best": asdict(best),
+                "global_batch": global_batch, "skipped": int(guard.skipped)}  # fmt: skip
         with meter.paused():
-            saver.finish()  # before there is a second copy of everything in memory
-            require_finite("the largest weight", engine.largest_weight(), step)
-            saver.save(step, engine.snapshot(), facts, best)
+            if step != saved:
+                saver.finish()  # before there is a second copy of everything in memory
+                require_finite("the largest weight", engine.largest_weight(), step)
+                saver.save(step, engine.snapshot(), meta, best)  # is written while training goes on
+                saved = step
+            if wait:
+                saver.finish()
 
-    best, max_steps = start.best, config.steps(corpus.train.size, world.size)
-    step, saved = start.step, start.step if start.run else None
-    began = time.perf_counter() - start.seconds
-    with saver, batch, profile:
+    with saver, batch_of, profile:
         while True:
             seconds = elapsed()
             if config.max_seconds is not None:
@@ -109,7 +113,7 @@ def train(
                 break
 
             # The batch: a function of the seed and the step, of which this rank takes its slice.
-            inputs, targets = batch(step)
+            inputs, targets = batch_of(step)
 
             # The loss and its gradient, averaged over the tokens of all ranks.
             loss = forward_backward(engine, inputs, targets, step)
@@ -119,8 +123,7 @@ def train(
             norm = engine.step(lr, step)
             guard.check(norm)
             step += 1
-            with meter.paused():
-                profile.step()
+            profile.step()
 
             meter.add(loss, norm)
             if step % config.log_interval == 0 or step == max_steps:
@@ -129,28 +132,24 @@ def train(
                 report.log(step=step, seconds=elapsed(), lr=lr, skipped=skipped, **asdict(now))
                 report.show(f"step {step}  loss {now.loss:.4f}  lr {lr:.2e}  {now}", done)
                 if in_a_row >= config.max_skipped:
+                    also = " or the loss scale that fp16 starts with" if plan.precision == "fp16" else ""
                     raise TrainingError(
                         f"the gradient was not finite in {in_a_row} steps in a row, up to step {step}; lower "
-                        "optimizer.lr"
+                        f"optimizer.lr{also}"
                     )
                 if (usual := spikes.find(now.loss)) is not None:
                     report.say(f"step {step}  the loss jumped from about {usual:.4f} to {now.loss:.4f}")
+            is_best = False
             if config.eval_interval and step % config.eval_interval == 0:
-                best.update(validate(config.eval_tokens), step)
-            if best.step == step or (config.checkpoint_interval and step % config.checkpoint_interval == 0):
+                is_best = best.update(validate(config.eval_tokens), step)
+            if is_best or (config.checkpoint_interval and step % config.checkpoint_interval == 0):
                 save()
-                saved = step
             if number := world.most(stop.number or int(saver.poll())):
-                saver.finish()  # raises what went wrong, if that is why
-                if step != saved:
-                    save()
-                    saver.finish()
+                save(wait=True)  # or raises why the one before failed
                 raise Stopped(number)
 
         report.close()
-        if step != saved:
-            save()
-        saver.finish()
+        save(wait=True)
         world.on_first(lambda: point(run, "final", step))
         validate(config.final_eval_tokens)
         if config.sample.tokens:
@@ -184,8 +183,8 @@ def bits_per_byte(engine: Engine, corpus: Corpus, max_tokens: int, seq_len: int,
     windows = validation_windows(corpus.valid, seq_len, max_tokens)
     engine.model.eval()
     total = torch.zeros((), device=world.device)
-    for i in range(world.rank * batch_size, world.rank * batch_size + len(windows), world.size * batch_size):
-        mine = windows[i : i + batch_size]
+    for i in range(0, len(windows), world.size * batch_size):
+        mine = windows[i:][world.rank * batch_size :][:batch_size]
         inputs, targets = gather(corpus.valid, mine if len(mine) else windows[:1], seq_len)
         total += engine.loss(inputs.to(world.device), targets.to(world.device)) * len(mine)
     engine.model.train()
@@ -261,7 +260,8 @@ def main(argv: list[str] | None = None) -> int:
                 }
             )
             run = world.on_first(lambda: open_run(config, start, held))
-            sinks = open_sinks(run, start.step, config.log, config.to_dict()) if world.rank == 0 else []
+            sinks: list[Sink] = []
+            world.on_first(lambda: sinks.extend(open_sinks(run, start.step, config.log, config.to_dict())))
             with Report(run, world.rank == 0, sinks) as report:
                 train(config, plan, start, run, corpus, world, stop, report)
         return 0
@@ -275,6 +275,11 @@ def main(argv: list[str] | None = None) -> int:
         return fail(f"interrupted by {stopped}; {how_to_go_on(run)}.", 128 + stopped.number, world)
     except KeyboardInterrupt:
         return fail(f"interrupted; {how_to_go_on(run)}.", 130, world)
+    except (MemoryError, RuntimeError) as error:
+        if (reason := out_of_memory(error)) is None:
+            raise
+        advice = "lower --batch_size and raise --gradient_accumulation as much, or give --activation_checkpointing all"
+        return fail(f"the memory is full: {reason}; {advice}; {how_to_go_on(run)}.", 1, world)
     finally:
         until_said.close()
 

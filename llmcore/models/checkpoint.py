@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -38,6 +39,7 @@ def write(weights: dict[str, Tensor], config: ModelConfig, path: str | os.PathLi
     save_file(state, partial, metadata={"format": "pt"})
     os.replace(partial, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors lets nobody else read what it writes
 
 
 def load(path: str | os.PathLike[str]) -> Decoder:

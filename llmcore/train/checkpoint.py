@@ -27,6 +27,7 @@ from torch import Tensor
 
 from llmcore import models
 from llmcore._version import __version__
+from llmcore.models.checkpoint import CONFIG
 from llmcore.train.best import Best
 
 META, OPTIMIZER, EMA = "meta.json", "optimizer.safetensors", "ema"
@@ -71,6 +72,7 @@ def _write(folder: Path, step: int, snapshot: Snapshot, model: models.ModelConfi
     folder.mkdir(parents=True)
     models.write(snapshot.weights, model, folder)
     save_file({name: value.contiguous() for name, value in snapshot.moments.items()}, folder / OPTIMIZER)
+    shutil.copymode(folder / CONFIG, folder / OPTIMIZER)
     if snapshot.average is not None:
         models.write(snapshot.average, model, folder / EMA)
     written = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -96,9 +98,16 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     if not os.path.isdir(checkpoint):
         raise CheckpointError(f"there is no checkpoint {checkpoint}; allowed is a checkpoint's or a run's directory.")
     path = checkpoint / META
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"{path} is missing: {checkpoint} is no checkpoint, or not a whole one.")
-    content = path.read_bytes()
+    try:
+        return _verify(checkpoint, path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or checkpoint} cannot be read: {error.strerror}.") from error
+
+
+def _verify(checkpoint: Path, content: bytes) -> dict[str, Any]:
+    path = checkpoint / META
     try:
         meta = json.loads(content)
         recorded = meta.pop("sha256")
@@ -123,7 +132,7 @@ def verify(checkpoint: Path) -> dict[str, Any]:
 def require_model(checkpoint: Path, config: models.ModelConfig) -> None:
     """Raise a CheckpointError unless the model of a verified checkpoint is the one that `config` describes."""
     try:
-        saved = models.ModelConfig.from_dict(json.loads((checkpoint / "config.json").read_text(encoding="utf-8")))
+        saved = models.ModelConfig.from_dict(json.loads((checkpoint / CONFIG).read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{checkpoint / 'config.json'} describes no model of this version: {error}") from error
     for name, value in saved.to_dict().items():
@@ -142,13 +151,21 @@ def checkpoints(run: Path) -> dict[int, Path]:
     return {int(match[1]): path for path in run.glob("step_*") if (match := re.fullmatch(r"step_(\d+)", path.name))}
 
 
-def newest_checkpoint(run: Path) -> Path | None:
+@dataclass(frozen=True)
+class Newest:
+    """A verified checkpoint; damage: what is wrong with the newest one, if it is not this one."""
+
+    path: Path
+    meta: dict[str, Any]
+    damage: str
+
+
+def newest_checkpoint(run: Path) -> Newest | None:
     """The newest checkpoint of a run that verifies; None if the run has none, an error if it has and none verifies."""
     failure: CheckpointError | None = None
     for _, path in sorted(checkpoints(run).items(), reverse=True):
         try:
-            verify(path)
-            return path
+            return Newest(path, verify(path), str(failure or ""))
         except CheckpointError as error:
             failure = failure or error
     if failure is not None:
@@ -159,9 +176,13 @@ def newest_checkpoint(run: Path) -> Path | None:
 def point(run: Path, name: str, step: int) -> None:
     """Let run/name, such as run/best, be another name of a checkpoint."""
     link = run / f"{name}.tmp"
-    link.unlink(missing_ok=True)
-    link.symlink_to(f"step_{step}", target_is_directory=True)
-    link.replace(run / name)
+    try:
+        link.unlink(missing_ok=True)
+        link.symlink_to(f"step_{step}", target_is_directory=True)
+        link.replace(run / name)
+    except OSError as error:
+        reason = f"{run / name} could not be made another name of step_{step}: {error.strerror}"
+        raise SaveError(reason) from error
 
 
 def tidy(run: Path, keep: int | None, best: Best) -> None:

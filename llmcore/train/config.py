@@ -158,15 +158,15 @@ class TrainConfig:
     def check(self) -> None:
         """Raise a ConfigError if a value is out of its range."""
         for name, value, low, high in (
-            ("batch_size", self.batch_size, 1, None),
-            ("gradient_accumulation", self.gradient_accumulation, 1, None),
+            ("batch_size", self.batch_size, 1, 2**24),
+            ("gradient_accumulation", self.gradient_accumulation, 1, 2**24),
             ("profile_steps", self.profile_steps, 0, None),
             ("data.workers", self.data.workers, 0, 64),
-            ("seq_len", self.seq_len, 1, None),
+            ("seq_len", self.seq_len, 1, 2**24),
             ("max_steps", self.max_steps, 1, None),
-            ("epochs", self.epochs, 0, None),
+            ("epochs", self.epochs, 0, 1_000_000),
             ("max_seconds", self.max_seconds, 1, None),
-            ("num_gpus", self.num_gpus, 1, None),
+            ("num_gpus", self.num_gpus, 1, 256),
             ("seed", self.seed, 0, 2**63 - 1),
             ("log_interval", self.log_interval, 1, None),
             ("eval_interval", self.eval_interval, 0, None),
@@ -196,6 +196,9 @@ class TrainConfig:
             if not low <= value <= (math.inf if high is None else high) or value == math.inf:
                 allowed = f"at least {low}" if high is None else f"from {low} to {high}"
                 raise ConfigError(f"{name} is {value}; allowed is {allowed}.")
+        for name, text in (("deepspeed", self.deepspeed), ("resume", self.resume)):
+            if text == "":
+                raise ConfigError(f"{name} is empty; give it a value, or leave it out.")
         if self.max_steps is None and self.epochs is None and self.max_seconds is None:
             raise ConfigError(
                 "max_steps, epochs and max_seconds are all null; at least one of them must limit the run."

@@ -1,5 +1,6 @@
 """The processes of a run as one world: collectives (NCCL on GPUs, gloo on CPUs), and what all of them must agree on."""
 
+import contextlib
 import hashlib
 import os
 import re
@@ -7,7 +8,6 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -87,7 +87,7 @@ class World:
         machine = os.environ.get("GROUP_RANK", socket.gethostname())
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         try:
-            socket.create_connection(address, timeout=5).close()  # a store that is gone is complained of in C++
+            _require_listening(address)  # a store that is gone is complained of in C++
             return self.store.add(digest("said", machine, message), 1) == 1
         except (OSError, RuntimeError):  # it was rank 0's, for whom the next one speaks, or another machine's
             return is_first() or self.rank == 1
@@ -108,7 +108,7 @@ class World:
                     )
 
 
-@contextmanager
+@contextlib.contextmanager
 def join(device: torch.device, alone: bool = True) -> Iterator[World]:
     """Join the processes that the launcher started. A process without a launcher is a world of one, with a process
     group of one if it must not be `alone`."""
@@ -119,6 +119,8 @@ def join(device: torch.device, alone: bool = True) -> Iterator[World]:
         return
     if launched() and device.type == "cpu":
         torch.set_num_threads(threads_per_process(int(os.environ["LOCAL_WORLD_SIZE"])))
+    if launched():
+        _require_address(os.environ["MASTER_ADDR"])
     try:
         store = _connect("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     except RuntimeError as error:
@@ -138,6 +140,16 @@ def join(device: torch.device, alone: bool = True) -> Iterator[World]:
     finally:
         _last_group[:] = [dist.group.WORLD]
         dist.destroy_process_group()
+
+
+def _require_address(name: str) -> None:
+    """Raise Unreachable unless this machine finds the address of `name`: PyTorch would ask for minutes."""
+    try:
+        socket.getaddrinfo(name, None)
+    except (OSError, UnicodeError) as error:
+        raise Unreachable(
+            f"the environment's MASTER_ADDR is {name!r}, of which this machine finds no address"
+        ) from error
 
 
 def _connect(backend: str) -> dist.Store | None:
@@ -166,6 +178,15 @@ def _unused(store: dist.Store, rank: int, size: int) -> dist.Store:
             if part.check([str(r) for r in range(size)]):
                 return part
         time.sleep(0.02)
+
+
+def _require_listening(address: tuple[str, int]) -> None:
+    """Raise an OSError unless a process is there that waits for a request. One that is dying still lets connect."""
+    with socket.create_connection(address, timeout=5) as connection:
+        connection.settimeout(0.2)
+        with contextlib.suppress(TimeoutError):
+            connection.recv(1)
+            raise ConnectionError("it does not wait")
 
 
 def _is_lost(error: RuntimeError) -> bool:

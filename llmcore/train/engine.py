@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -114,14 +114,17 @@ class Engine:
 
     def restore(self, checkpoint: Path, scale: dict[str, float] | None) -> None:
         """Take over a verified checkpoint of the same model. The average starts from the weights if it has none."""
-        if self.average is not None:
-            with self.averaged():
-                self._load_weights(checkpoint / "ema" if (checkpoint / "ema").is_dir() else checkpoint)
-        self._load_weights(checkpoint)
-        with safe_open(checkpoint / OPTIMIZER, framework="pt") as file:
-            names: list[str] = list(file.keys())
-            self._require_moments(checkpoint / OPTIMIZER, names)
-            self._load_moments(file.get_tensor, names)
+        try:
+            if self.average is not None:
+                with self.averaged():
+                    self._load_weights(checkpoint / "ema" if (checkpoint / "ema").is_dir() else checkpoint)
+            self._load_weights(checkpoint)
+            with safe_open(checkpoint / OPTIMIZER, framework="pt") as file:
+                names: list[str] = list(file.keys())
+                self._require_moments(checkpoint / OPTIMIZER, names)
+                self._load_moments(file.get_tensor, names)
+        except (OSError, SafetensorError) as error:  # such as another process that has deleted it since
+            raise CheckpointError(f"{checkpoint} cannot be read: {error}.") from error
         if scale is not None:
             self._load_scale(scale)
 

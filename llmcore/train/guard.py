@@ -14,8 +14,9 @@ class Guard:
     Under DDP all ranks hold the same averaged gradient, so that they come to the same verdict.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.skipped, self.in_a_row, self.longest = torch.zeros(3, device=device).unbind()
+    def __init__(self, device: torch.device, skipped: int = 0) -> None:
+        self.skipped = torch.tensor(float(skipped), device=device)
+        self.in_a_row = self.longest = torch.zeros((), device=device)
 
     def check(self, norm: Tensor) -> Tensor:
         """1.0 where the norm of a step's gradient is not finite, so that the step must not be made; 0.0 otherwise."""

@@ -52,6 +52,14 @@ def be_deterministic(on: bool) -> None:
     torch.use_deterministic_algorithms(on)
 
 
+def out_of_memory(error: Exception) -> str | None:
+    """What could not be allocated, on a GPU or on the CPU; None if `error` is another one."""
+    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    if not on_cpu and not isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return None
+    return (str(error) or "of Python").splitlines()[0].rpartition("DefaultCPUAllocator: ")[2].rstrip(".")
+
+
 def require_backends(device: torch.device) -> None:
     """Raise a ConfigError if an op cannot run on `device`, as when LLMCORE_BACKEND asks for a backend it has not."""
     with FakeTensorMode():  # makes no context on a GPU that is another process's

@@ -63,6 +63,17 @@ def _parser(description: str) -> ArgumentParser:
     return parser
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that comes twice, of which YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key, _ in reversed(node.value):
+            if keys.count(key.value) > 1 and key.value != "<<":
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} comes twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _config_files(argv: list[str]) -> list[str]:
     files = [value for option, value in zip(argv, argv[1:], strict=False) if option == "--config"]
     return files + [argument.removeprefix("--config=") for argument in argv if argument.startswith("--config=")]
@@ -70,7 +81,7 @@ def _config_files(argv: list[str]) -> list[str]:
 
 def _read(file: str) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        content = yaml.load(Path(file).read_text(encoding="utf-8"), _UniqueKeys)
     except FileNotFoundError as error:
         raise ConfigError(f"the configuration file {file} does not exist.") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -159,5 +170,6 @@ def _allowed(type_hint: Any) -> str:
     if typing.get_origin(type_hint) in (types.UnionType, typing.Union):
         return " or ".join(_allowed(option) for option in typing.get_args(type_hint))
     if typing.get_origin(type_hint) is Literal:
-        return "one of " + ", ".join(typing.get_args(type_hint))
+        words_of = typing.get_args(type_hint)
+        return ", ".join(words_of) if len(words_of) == 1 else "one of " + ", ".join(words_of)
     return words.get(type_hint, "a set of keys and values")

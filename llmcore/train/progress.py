@@ -97,6 +97,8 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the steps that are still to be computed count
         since = time.perf_counter()
         yield
         seconds = time.perf_counter() - since

@@ -3,6 +3,7 @@ written over: a run starts afresh, goes on in its own directory, or goes on from
 """
 
 import json
+import math
 import os
 import shutil
 import time
@@ -28,7 +29,8 @@ except ImportError:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins: in the directory `run`, or in a new one (None); from `checkpoint`, or from step 0 (None)."""
+    """Where a run begins: in the directory `run`, or in a new one (None); from `checkpoint`, or from step 0 (None).
+    damage: what is wrong with a newer checkpoint, if that is why it is not this one."""
 
     run: Path | None = None
     checkpoint: Path | None = None
@@ -38,8 +40,14 @@ class Start:
     text: dict[str, Any] | None = None
     best: Best = field(default_factory=Best)
     global_batch: int | None = None
+    skipped: int = 0
     scale: dict[str, float] | None = None
     digest: str = ""
+    damage: str = ""
+
+    def __str__(self) -> str:
+        place = str(self.checkpoint or "step 0")
+        return f"{place}, as {self.damage}" if self.damage else place
 
     def require_text(self, corpus: Corpus) -> None:
         """Raise a ConfigError if `corpus` is not the text that the checkpoint was trained on."""
@@ -58,26 +66,17 @@ class Start:
 
 def find_start(config: TrainConfig) -> Start:
     """What `config.resume` and `config.name` mean. Only reads. Raises CheckpointError or ConfigError."""
-    start = _find_start(config)
-    if start.run is None:
-        _require_writable(Path(config.out_dir), "out_dir")
-    else:
-        _require_writable(start.run, "the run")
-    return start
-
-
-def _find_start(config: TrainConfig) -> Start:
     named = None
     if config.name is not None:
         _check_name(config.name)
         named = Path(config.out_dir) / config.name
     if config.resume == "auto":
         run = named if named is not None else _newest_run(Path(config.out_dir))
-        if run is None or not os.path.lexists(run):
-            return Start()
-        _require_free(run)
-        checkpoint = newest_checkpoint(run)
-        return Start(run) if checkpoint is None else _from(checkpoint, run)
+        if run is None or not _is_taken(run):
+            return _in_new_run(config, Start())
+        if not _is_run(run):
+            raise ConfigError(f"{run} is no run, as it holds no config.yaml; choose another --name.")
+        return _in_run(run) or Start(run)
     if config.resume is not None and _is_run(Path(config.resume)):
         run = Path(config.resume)
         if config.name is not None:
@@ -85,23 +84,39 @@ def _find_start(config: TrainConfig) -> Start:
                 f"name is {config.name!r}, but --resume {run} goes on in that run's own folder; "
                 "leave --name out, or resume from one of its checkpoints."
             )
-        _require_free(run)
-        checkpoint = newest_checkpoint(run)
-        if checkpoint is None:
+        start = _in_run(run)
+        if start is None:
             raise CheckpointError(f"the run {run} holds no checkpoint to resume from.")
-        return _from(checkpoint, run)
-    if named is not None and os.path.lexists(named):
+        return start
+    if named is not None and _is_taken(named):
         raise ConfigError(f"the run {named} exists already; choose another --name, or go on with --resume {named}.")
     if config.resume is None:
-        return Start()
+        return _in_new_run(config, Start())
     path = Path(config.resume)
-    return _from(path.resolve() if os.path.islink(path) else path, None)  # run/best may soon be another one
+    path = path.resolve() if os.path.islink(path) else path  # run/best may soon be another one
+    return _in_new_run(config, _from(path, verify(path)))
+
+
+def _in_new_run(config: TrainConfig, start: Start) -> Start:
+    _require_writable(Path(config.out_dir), "out_dir")
+    return start
+
+
+def _in_run(run: Path) -> Start | None:
+    """The newest checkpoint of `run` that verifies; None if there is no checkpoint."""
+    _require_writable(run, "the run")
+    with _hold(run, shared=True):
+        pass  # no other process trains there
+    newest = newest_checkpoint(run)
+    return None if newest is None else replace(_from(newest.path, newest.meta), run=run, damage=newest.damage)
 
 
 def open_run(config: TrainConfig, start: Start, held: ExitStack) -> Path:
     """The directory that `start` means. A new one is made; in one that is gone on with, what a crash left is cleared:
     half-written checkpoints and a half-written line of the log; and checkpoints newer than start's, which do not
-    verify, are renamed out of the way. The run is locked until `held` closes. One process only calls this."""
+    verify, are renamed out of the way. The run is locked until `held` closes, and removed then if nothing was written
+    to it. One process only calls this."""
+    text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
     if start.run is not None:
         held.enter_context(_hold(start.run))
         newer = [path for step, path in checkpoints(start.run).items() if step > start.step]
@@ -110,28 +125,30 @@ def open_run(config: TrainConfig, start: Start, held: ExitStack) -> Path:
         for path in newer:
             path.rename(_unused(path.with_name(path.name + ".corrupt")))
         for path in start.run.glob("step_*.tmp"):
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
         _mend_log(start.run / "log.jsonl")
+        if start.checkpoint is None:
+            (start.run / "config.yaml").write_text(text, encoding="utf-8")
         return start.run
     if config.name is not None:
         run = Path(config.out_dir) / config.name
     else:
         run = _unused(Path(config.out_dir) / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
-    text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
     try:
-        run.mkdir(parents=True)
+        run.mkdir(parents=True, exist_ok=not _is_taken(run))
         (run / "config.yaml").write_text(text, encoding="utf-8")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"the run {run} cannot be made: {reason}; choose another --out_dir.") from error
+    held.callback(_forget, run)
     held.enter_context(_hold(run))
     return run
 
 
-def _require_free(run: Path) -> None:
-    """Raise a ConfigError if another process trains there."""
-    with _hold(run, shared=True):
-        pass
+def _forget(run: Path) -> None:
+    """Remove a run that ended before it wrote anything."""
+    if [path.name for path in run.iterdir()] == ["config.yaml"]:
+        shutil.rmtree(run)
 
 
 @contextmanager
@@ -139,10 +156,14 @@ def _hold(run: Path, shared: bool = False) -> Iterator[None]:
     """Lock the run's config.yaml as long as the block lasts; the system frees it even if the process is killed. Raises
     ConfigError if another process trains there. `shared` only asks."""
     path = run / "config.yaml"
-    if fcntl is None or not path.is_file():  # Windows; or a run that was killed while it was made
+    if fcntl is None:  # Windows
         yield
         return
-    with path.open("r+b") as file:
+    try:
+        file = path.open("rb" if shared else "r+b")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be opened: {error.strerror}.") from error
+    with file:
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -171,6 +192,10 @@ def how_to_go_on(run: Path | None) -> str:
 
 
 def append_log(run: Path, **values: Any) -> None:
+    """A line of log.jsonl; a number that is not finite, which JSON has no word for, becomes null."""
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            values[name] = None
     try:
         with (run / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
@@ -182,11 +207,10 @@ def read_log(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def _from(checkpoint: Path, run: Path | None) -> Start:
-    meta = verify(checkpoint)
+def _from(checkpoint: Path, meta: dict[str, Any]) -> Start:
     return Start(
-        run, checkpoint, meta["step"], meta["seconds"], meta["config"], meta.get("text"), Best(**meta.get("best", {})),
-        meta.get("global_batch"), meta.get("scale"), digest(meta),
+        None, checkpoint, meta["step"], meta["seconds"], meta["config"], meta.get("text"), Best(**meta.get("best", {})),
+        meta.get("global_batch"), meta.get("skipped", 0), meta.get("scale"), digest(meta),
     )  # fmt: skip
 
 
@@ -214,6 +238,11 @@ def _require_writable(path: Path, what: str) -> None:
         raise ConfigError(f"{what} is {path}, but {place} is no folder; allowed is a folder, or one that can be made.")
     if not os.access(place, os.W_OK | os.X_OK):
         raise ConfigError(f"{what} is {path}, but {place} cannot be written to; allowed is a folder that can be.")
+
+
+def _is_taken(path: Path) -> bool:
+    """Whether something is there that is not an empty folder, as a process leaves that is killed at its very start."""
+    return os.path.lexists(path) and not (os.path.isdir(path) and not os.listdir(path))
 
 
 def _is_run(path: Path) -> bool:

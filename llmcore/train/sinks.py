@@ -39,9 +39,16 @@ class WeightsAndBiases:
         path = run / "wandb_id"
         if not path.exists():
             path.write_text(uuid.uuid4().hex[:8])
-        self.run = wandb.init(
-            project=project, name=name or run.name, id=path.read_text(), resume="allow", dir=str(run), config=config
-        )
+        try:
+            self.run = wandb.init(
+                project=project, name=name or run.name, id=path.read_text(), resume="allow", dir=str(run), config=config
+            )
+        except wandb.errors.Error as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise ConfigError(
+                f"log.wandb is true, but Weights & Biases cannot start: {reason}; log in by `wandb login`, or set "
+                "WANDB_MODE=offline."
+            ) from error
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)

@@ -21,7 +21,7 @@ from torch import Tensor
 from llmcore import models
 from llmcore.models.checkpoint import WEIGHTS
 from llmcore.train.average import Average
-from llmcore.train.config import TrainConfig
+from llmcore.train.config import ConfigError, TrainConfig
 from llmcore.train.distributed import World
 from llmcore.train.engine import Engine, Plan
 from llmcore.train.launch import threads_per_process
@@ -54,9 +54,15 @@ class ZeroEngine(Engine):
             torch.set_num_threads(threads_per_process(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         (adam,) = build_optimizer(model, config.optimizer).optimizers
         self.zero: Any
-        self.zero, *_ = deepspeed.initialize(
-            model=model, optimizer=adam, config=plan.zero.values, dist_init_required=False
-        )
+        try:
+            self.zero, *_ = deepspeed.initialize(
+                model=model, optimizer=adam, config=plan.zero.values, dist_init_required=False
+            )
+        except RuntimeError:  # of the memory, or of another rank
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError(f"DeepSpeed cannot use {config.deepspeed}: {reason.rstrip('.')}.") from error
         self.parallel = self.zero
         if self.fp16:
             self.zero.optimizer.loss_scaler.raise_error_at_min_scale = False  # the run ends by its own max_skipped

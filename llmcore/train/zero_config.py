@@ -27,6 +27,8 @@ class Fixed(NamedTuple):
 
 FLAG, TEXT, SECTION = "true or false", "a text", "a set of keys and values"
 FROM_0, FROM_1, NUMBER = "a whole number of at least 0", "a whole number of at least 1", "a number of at least 0"
+EVEN = "an even number of at least 2"
+LIMIT = 2**63
 DTYPES = ("fp32", "fp16", "bf16")
 OTHER_PARALLELISM = Fixed(None, "llmcore's processes are data parallel only")
 OTHER_OPTIMIZER = "llmcore's optimizer is PyTorch's, in fp32, and this needs DeepSpeed's own"
@@ -52,7 +54,7 @@ ZERO_KEYS: Table = {
     "reduce_bucket_size": FROM_1,
     "use_multi_rank_bucket_allreduce": FLAG,
     "allgather_partitions": FLAG,
-    "allgather_bucket_size": FROM_0,
+    "allgather_bucket_size": EVEN,
     "overlap_comm": FLAG,
     "compute_grad_norm": Fixed(True, "llmcore clips and logs the gradient's norm"),
     "load_from_fp32_weights": FLAG,
@@ -104,7 +106,7 @@ KEYS: Table = {
         "enabled": FLAG,
         "auto_cast": FLAG,
         "loss_scale": NUMBER,
-        "initial_scale_power": FROM_0,
+        "initial_scale_power": range(33),
         "loss_scale_window": FROM_1,
         "hysteresis": FROM_0,
         "consecutive_hysteresis": FLAG,
@@ -114,12 +116,12 @@ KEYS: Table = {
     "data_types": {
         "grad_accum_dtype": DTYPES,
         "param_dtype": Fixed(None, "bf16.enabled and fp16.enabled say it"),
-        "buffer_dtype": DTYPES,
-        "keep_in_fp32_modules": None,
+        "buffer_dtype": Fixed(None, "bf16.enabled and fp16.enabled say it"),
+        "keep_in_fp32_modules": Fixed(None, "the model is of one type"),
     },
     "communication_data_type": DTYPES,
-    "prescale_gradients": FLAG,
-    "gradient_predivide_factor": NUMBER,
+    "prescale_gradients": Fixed(False, "the gradients are added up, then divided"),
+    "gradient_predivide_factor": Fixed(1, "the gradients are added up, then divided"),
     "gradient_allreduce_op": Fixed("mean", "the loss is the mean over all processes"),
     "managed_gradient_accumulation": Fixed(True, "gradient_accumulation says when a step is made"),
     "optimizer": SECTION,
@@ -170,6 +172,12 @@ RULED_BY = {
     "optimizer": "the run's optimizer.* rules",
     "scheduler": "the run's optimizer.* rules",
     "activation_checkpointing": "the run's activation_checkpointing rules",
+    **dict.fromkeys(("tensorboard", "wandb", "csv_monitor", "comet"), "the run's log.* rules"),
+    **dict.fromkeys(
+        ("wall_clock_breakdown", "memory_breakdown", "flops_profiler", "comms_logger", "timers"),
+        "the run's profile_steps rules",
+    ),
+    **dict.fromkeys(("dump_state", "log_level"), "llmcore lets DeepSpeed tell of errors only"),
 }
 NEVER = 2**31 - 1  # steps; DeepSpeed before 0.17 prints every 10 steps where it is told nothing
 
@@ -236,7 +244,7 @@ def zero_config(
     _check(file, content)
     values, notes = copy.deepcopy(content), []
     for key, reason in RULED_BY.items():
-        if values.pop(key, None) is not None:
+        if values.pop(key, None) not in (None, False, "auto", {}, {"enabled": False}):
             notes.append(f"{file}: {key} is left out; {reason}.")
     notes += _set_batch(file, values, batch_size, gradient_accumulation, world_size)
     if _differs(values, "gradient_clipping", grad_clip):
@@ -252,7 +260,7 @@ def zero_config(
         notes.append(f"{file}: steps_per_print is left out; the run's log_interval rules.")
     values["steps_per_print"] = NEVER
     # DeepSpeed's own throughput, which nobody would see, waits for the GPU twice in every forward pass.
-    values.setdefault("timers", {"throughput": {"enabled": False}})
+    values["timers"] = {"throughput": {"enabled": False}}
     dropped = _drop_autos(values, KEYS)
     if dropped:
         notes.append(f'{file}: {_are(dropped)} "auto"; DeepSpeed\'s defaults are used.')
@@ -302,7 +310,7 @@ def _check(file: str, content: Any) -> None:
 
 def _check_section(file: str, section: dict[str, Any], table: Table, prefix: str) -> None:
     for key, value in section.items():
-        name = prefix + key
+        name = prefix + (key if key.isprintable() else ascii(key))
         if key not in table:
             raise ConfigError(f"unknown key {name} in {file}{_did_you_mean(name, table, prefix)}")
         kind = table[key]
@@ -316,6 +324,10 @@ def _check_section(file: str, section: dict[str, Any], table: Table, prefix: str
                 allowed = f"{json.dumps(kind.value)}, as {kind.reason}"
             elif isinstance(kind, tuple):
                 allowed = f"one of {', '.join(kind)}"
+            elif isinstance(kind, range):
+                allowed = f"a whole number from {kind.start} to {kind.stop - 1}"
+            elif _is_number(value) and abs(value) >= LIMIT:
+                allowed += ", below 2^63"
             raise ConfigError(f"{name} in {file} is {json.dumps(value)}; allowed is {allowed}.")
 
 
@@ -332,11 +344,19 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, bool)
     if kind == TEXT:
         return isinstance(value, str)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not _is_number(value) or not abs(value) < LIMIT:  # which no NaN is
         return False
-    if isinstance(value, float) and not math.isfinite(value):
-        return False
-    return value >= (1 if kind == FROM_1 else 0) and (kind == NUMBER or value == int(value))
+    if kind == NUMBER:
+        return value >= 0
+    if isinstance(kind, range):
+        return value in kind
+    if kind == EVEN:
+        return value >= 2 and value % 2 == 0
+    return value == int(value) and value >= (1 if kind == FROM_1 else 0)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _did_you_mean(name: str, table: Table, prefix: str) -> str:

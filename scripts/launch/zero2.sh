@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
 # ZeRO stage 2 on GPUS GPUs: the optimizer and the gradients are sharded.
-cd "$(dirname "$0")/../.." && exec torchrun --standalone --nproc-per-node "${GPUS:-8}" train_minimal.py \
+cd "$(dirname "$0")/../.." && \
+    TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 exec torchrun --standalone --nproc-per-node "${GPUS:-8}" train_minimal.py \
     --engine deepspeed --deepspeed configs/deepspeed/zero2.json "$@"

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
 # ZeRO stage 3 on GPUS GPUs: the optimizer, the gradients and the weights are sharded.
-cd "$(dirname "$0")/../.." && exec torchrun --standalone --nproc-per-node "${GPUS:-8}" train_minimal.py \
+cd "$(dirname "$0")/../.." && \
+    TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 exec torchrun --standalone --nproc-per-node "${GPUS:-8}" train_minimal.py \
     --engine deepspeed --deepspeed configs/deepspeed/zero3.json "$@"

@@ -125,7 +125,7 @@ def test_a_signal_saves_the_step_and_is_one_sentence(small: list[str], tmp_path:
     assert len(lines) == 1 and f"train_minimal.py: interrupted by {name}; --resume " in lines[0]
     last = read_log(tmp_path / "runs" / "a")[-1]["step"]
     newest = newest_checkpoint(tmp_path / "runs" / "a")
-    assert newest is not None and newest.name == f"step_{last}", "the step that was being made is saved"
+    assert newest is not None and newest.path.name == f"step_{last}", "the step that was being made is saved"
     assert train_minimal.main(["--resume", str(tmp_path / "runs" / "a"), "--max_steps", str(last + 3)]) == 0
 
 

@@ -230,6 +230,16 @@ def test_zero_without_a_launcher(small: list[str], one: Path, tmp_path: Path, ru
     assert_same_training(tmp_path / "given", one)
 
 
+@needs_deepspeed
+def test_what_deepspeed_refuses_is_said(small: list[str], tmp_path: Path, run_script: Script):
+    content = {"zero_optimization": {"stage": 2}, "checkpoint": {"tag_validation": "sometimes"}}
+    (tmp_path / "z.json").write_text(json.dumps(content))
+    result = run_script([], [*small, "--num_gpus", "2", "--deepspeed", str(tmp_path / "z.json"), "--name", "a"])
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert f"train_minimal.py: DeepSpeed cannot use {tmp_path / 'z.json'}: " in result.stderr
+    assert not list((tmp_path / "runs").iterdir())
+
+
 def test_muon_needs_whole_matrices(tmp_path: Path):
     file = tmp_path / "a.json"
     file.write_text('{"zero_optimization": {"stage": 1}}')

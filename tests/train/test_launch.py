@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llmcore.train import launch
+from llmcore.train import distributed, launch
 from llmcore.train.config import ConfigError
 
 TWO = {
@@ -88,6 +88,15 @@ def test_the_deepspeed_launcher_is_understood(monkeypatch: pytest.MonkeyPatch):
     launched_by(monkeypatch, LOCAL_SIZE="2", **environment)
     assert launch.adopt_launcher(["--local_rank=1", "--seed", "3"]) == ["--seed", "3"]
     assert launch.launched() and not launch.is_first() and launch.world_size(None) == 2
+
+
+def test_a_name_without_an_address(monkeypatch: pytest.MonkeyPatch):
+    launched_by(monkeypatch, **{**TWO, "MASTER_ADDR": "no.such.machine.invalid"})
+    unreachable = pytest.raises(
+        distributed.Unreachable, match="MASTER_ADDR is 'no.such.machine.invalid', of which this"
+    )
+    with unreachable, distributed.join(torch.device("cpu")):
+        pass
 
 
 def test_others_arguments_are_left_alone():

@@ -62,6 +62,20 @@ def test_what_is_not_installed_is_named_before_anything_is_written(package, smal
     assert not (tmp_path / "runs").exists()
 
 
+def test_weights_and_biases_that_cannot_start(small: list[str], tmp_path: Path, monkeypatch, capsys):
+    wandb = pytest.importorskip("wandb", reason="needs wandb")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def init(**_: object) -> None:
+        raise wandb.errors.UsageError("No API key configured.\nUse `wandb login`.")
+
+    monkeypatch.setattr(wandb, "init", init)
+    assert train_minimal.main([*small, "--name", "a", "--log.wandb", "true"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "cannot start: No API key configured. Use `wandb login`; log in by" in error
+
+
 def test_plot_draws_runs_over_each_other(small: list[str], tmp_path: Path, capsys):
     pytest.importorskip("matplotlib", reason="needs matplotlib")
     for name in "ab":

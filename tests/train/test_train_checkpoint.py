@@ -130,9 +130,9 @@ def test_newest_that_verifies(checkpoint: Path):
     run = checkpoint.parent
     newer = save(run, 20, trained(1))
     (run / "step_30.tmp").mkdir()  # cut off while writing
-    assert newest_checkpoint(run) == newer
+    assert newest_checkpoint(run).path == newer
     (newer / "optimizer.safetensors").write_bytes(b"")
-    assert newest_checkpoint(run) == checkpoint
+    assert newest_checkpoint(run).path == checkpoint
     (checkpoint / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"step_20.optimizer\.safetensors is truncated"):
         newest_checkpoint(run)

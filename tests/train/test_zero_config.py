@@ -250,6 +250,7 @@ PLAIN: list[Content] = [
                 "optimizer is left out; the run's optimizer.* rules.",
                 "scheduler is left out; the run's optimizer.* rules.",
                 "activation_checkpointing is left out; the run's activation_checkpointing rules.",
+                "wall_clock_breakdown is left out; the run's profile_steps rules.",
                 "gradient_clipping is 0.5; 1.0 is used, the run's optimizer.grad_clip.",
                 "zero_force_ds_cpu_optimizer is true; false is used, as llmcore's optimizer is PyTorch's, in fp32, and this needs DeepSpeed's own.",
                 "steps_per_print is left out; the run's log_interval rules.",
@@ -313,7 +314,6 @@ def test_what_deepspeed_is_given():
         "gradient_clipping": 1.0,
         "steps_per_print": module.NEVER,
         "zero_force_ds_cpu_optimizer": False,
-        "wall_clock_breakdown": True,
         "timers": {"throughput": {"enabled": False}},
     }
     config = complete(PLAIN[3], precision="bf16")
@@ -321,7 +321,7 @@ def test_what_deepspeed_is_given():
     assert config.values["fp16"] == {"enabled": False}
     config = complete(PLAIN[2])
     assert config.precision == "fp16" and config.values["fp16"] == PLAIN[2]["fp16"]
-    assert complete(zero() | {"timers": {}}).values["timers"] == {}
+    assert complete(zero() | {"timers": {}}).values["timers"] == {"throughput": {"enabled": False}}
 
 
 number = st.one_of(st.integers(1, 64), st.integers(1, 64).map(float), st.just("auto"))
@@ -423,8 +423,14 @@ CPU, NVME = {"device": "cpu"}, {"device": "nvme", "nvme_path": "/fast"}
         (zero(overlap_comm="yes"), 'zero_optimization.overlap_comm in FILE is "yes"; allowed is true or false.'),
         (zero(overlap_comm=None), "zero_optimization.overlap_comm in FILE is null; allowed is true or false."),
         (zero(reduce_bucket_size="5e8"), 'zero_optimization.reduce_bucket_size in FILE is "5e8"; allowed is a whole number of at least 1.'),
-        (zero(allgather_bucket_size=1.5), "zero_optimization.allgather_bucket_size in FILE is 1.5; allowed is a whole number of at least 0."),
-        (zero(allgather_bucket_size=True), "zero_optimization.allgather_bucket_size in FILE is true; allowed is a whole number of at least 0."),
+        (zero(allgather_bucket_size=1.5), "zero_optimization.allgather_bucket_size in FILE is 1.5; allowed is an even number of at least 2."),
+        (zero(allgather_bucket_size=True), "zero_optimization.allgather_bucket_size in FILE is true; allowed is an even number of at least 2."),
+        (zero(reduce_bucket_size=1e30), "zero_optimization.reduce_bucket_size in FILE is 1e+30; allowed is a whole number of at least 1, below 2^63."),
+        (zero() | {"train_batch_size": 10**400}, "; allowed is a whole number of at least 1, below 2^63."),
+        (zero() | {"fp16": {"initial_scale_power": 10000}}, "fp16.initial_scale_power in FILE is 10000; allowed is a whole number from 0 to 32."),
+        (zero() | {"prescale_gradients": True}, "prescale_gradients in FILE is true; allowed is false, as the gradients are added up, then divided."),
+        (zero() | {"new\nline": 1}, "unknown key 'new\\nline' in FILE; "),
+        (zero() | {"data_types": {"keep_in_fp32_modules": 1}}, "data_types.keep_in_fp32_modules in FILE cannot be used, as the model is of one type; leave it out."),
         (zero(offload_optimizer="cpu"), 'zero_optimization.offload_optimizer in FILE is "cpu"; allowed is a set of keys and values.'),
         (zero(offload_optimizer={"device": "gpu"}), 'zero_optimization.offload_optimizer.device in FILE is "gpu"; allowed is one of none, cpu, nvme.'),
         (zero(offload_optimizer=NVME), "zero_optimization.offload_optimizer.device in FILE is nvme, which llmcore's checkpoints do not hold; allowed is one of none, cpu."),
@@ -490,7 +496,7 @@ def test_files_that_are_not_there(tmp_path: Path):
 
 
 def test_huge_numbers_do_not_overflow():
-    config = complete(zero() | {"train_batch_size": 10**400, "train_micro_batch_size_per_gpu": 3.0})
+    config = complete(zero() | {"train_batch_size": 2**62, "train_micro_batch_size_per_gpu": 3.0})
     assert config.values["train_batch_size"] == 16 and len(config.notes) == 3
 
 
