@@ -35,12 +35,14 @@ WORDS = {
         "ops": "op, times faster than", "forward": "forward", "forward + backward": "fwd + bwd",
         "step": "a training step of `tiny`, 8 × 256 tokens", "faster": "llmcore is faster by",
         "race": "equal wall time, {seconds:.0f} s", "tokens": "tokens", "bits": "held-out bits per byte",
+        "loop": "Outside model, optimizer and data the loop of `train_minimal.py` takes {share:.1%} of such a step.",
     },
     "README.zh.md": {
         "where": "{processor}，{threads} 线程，{kernels} 内核，PyTorch {torch}，{date}。",
         "ops": "算子，快多少倍", "forward": "前向", "forward + backward": "前向 + 反向",
         "step": "`tiny` 的一个训练步，8 × 256 个 token", "faster": "llmcore 快",
         "race": "相同时间，{seconds:.0f} 秒", "tokens": "token 数", "bits": "留出文本，每字节比特数",
+        "loop": "除模型、优化器和数据之外，`train_minimal.py` 的循环占这样一步的 {share:.1%}。",
     },
 }  # fmt: skip
 MARKED = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
@@ -83,6 +85,9 @@ def figures(folder: Path, words: dict[str, str]) -> str:
         steps = read(folder / "step.json")["records"]
         rows = [[r["candidate"], f"{r['milliseconds']:.1f}", f"{r['llmcore is faster by']:.2f}×"] for r in steps]
         parts.append(table([words["step"], "ms", words["faster"]], rows))
+    if (folder / "loop.json").exists():
+        share = read(folder / "loop.json")["records"][-1]["median of the shares"]
+        parts.append(words["loop"].format(share=share) + "\n")
     if (folder / "race.json").exists():
         races = read(folder / "race.json")["records"]
         rows = [[r["candidate"], f"{r['tokens']:,}", f"{r['held-out bits per byte']:.4f}"] for r in races]
@@ -128,6 +133,14 @@ def errors_of(record: dict[str, Any]) -> str:
             largest[name] = max(error, largest.get(name, 0.0))
     body = [[*key, *(f"{e[n]:.2e}" if n in e else "–" for n in names)] for key, e in found.items()]
     return table(["op", "dtype", "value", *names], body)
+
+
+def loop_of(record: dict[str, Any]) -> str:
+    """The parts of a step in every run."""
+    rows = [row for row in record["records"] if "milliseconds" in row]
+    names = list(rows[0]["milliseconds"])
+    body = [[*(f"{r['milliseconds'][n]:.3f}" for n in names), f"{r['share outside']:.2%}"] for r in rows]
+    return table([*(f"{name}, ms" for name in names), "share outside"], body)
 
 
 def strays(rows: list[dict[str, Any]]) -> list[str]:
@@ -177,6 +190,8 @@ def report_of(folder: Path) -> list[Path]:
         text += ["## Errors against float64", ERRORS, errors_of(others["errors"])]
     if "curves" in others:
         text += ["## Loss curves", CURVES, "\n".join(strays(plots.beside_plain(others["curves"]["records"])))]
+    if (folder / "loop.json").exists():
+        text += ["## The training loop", loop_of(read(folder / "loop.json"))]
     done = [path for path in drawn if path]
     text += ["## Plots", "\n\n".join(f"![{path.stem}]({path.name})" for path in done)]
     (folder / "report.md").write_text("\n\n".join(text) + "\n")
