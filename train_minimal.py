@@ -22,6 +22,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -78,13 +79,22 @@ def train(
     def elapsed() -> float:
         return time.perf_counter() - began - meter.seconds_paused
 
+    def require_finite(name: str, value: float) -> None:
+        if not math.isfinite(value):
+            fail_training(f"{name} is {value}")
+
+    def fail_training(reason: str) -> NoReturn:
+        saver.finish()  # the last healthy checkpoint is whole before it is named
+        also = " or the loss scale that fp16 starts with" if plan.precision == "fp16" else ""
+        raise TrainingError(f"{reason} at step {step}; lower optimizer.lr{also}")
+
     def validate(max_tokens: int) -> float:
         seconds = elapsed()
         with meter.paused(), engine.averaged():
             bits = bits_per_byte(engine, corpus, max_tokens, config.seq_len, config.batch_size)
         report.log(step=step, seconds=seconds, val_bpb=bits)
         report.say(f"step {step}  held-out text: {bits:.4f} bits per byte")
-        require_finite("the loss on the held-out text", bits, step)
+        require_finite("the loss on the held-out text", bits)
         return bits
 
     def save(wait: bool = False) -> None:
@@ -94,7 +104,7 @@ def train(
         with meter.paused():
             if step != saved:
                 saver.finish()  # before there is a second copy of everything in memory
-                require_finite("the largest weight", engine.largest_weight(), step)
+                require_finite("the largest weight", engine.largest_weight())
                 saver.save(step, engine.snapshot(), meta, best)  # is written while training goes on
                 saved = step
             if wait:
@@ -132,11 +142,7 @@ def train(
                 report.log(step=step, seconds=elapsed(), lr=lr, skipped=skipped, **asdict(now))
                 report.show(f"step {step}  loss {now.loss:.4f}  lr {lr:.2e}  {now}", done)
                 if in_a_row >= config.max_skipped:
-                    also = " or the loss scale that fp16 starts with" if plan.precision == "fp16" else ""
-                    raise TrainingError(
-                        f"the gradient was not finite in {in_a_row} steps in a row, up to step {step}; lower "
-                        f"optimizer.lr{also}"
-                    )
+                    fail_training(f"the gradient was not finite in {in_a_row} steps in a row, the last one")
                 if (usual := spikes.find(now.loss)) is not None:
                     report.say(f"step {step}  the loss jumped from about {usual:.4f} to {now.loss:.4f}")
             is_best = False
@@ -199,11 +205,6 @@ def sample(model: models.Decoder, config: SampleConfig, seed: int) -> str:
     new = model.generate(prompt, config.tokens, config.temperature, config.top_k, config.top_p, stream=True)
     tokens = [*prompt[0].tolist(), *(int(token) for token in new)]
     return bytes(token for token in tokens if token < 256).decode(errors="replace")
-
-
-def require_finite(name: str, value: float, step: int) -> None:
-    if not math.isfinite(value):
-        raise TrainingError(f"{name} is {value} at step {step}; lower optimizer.lr")
 
 
 def main(argv: list[str] | None = None) -> int:

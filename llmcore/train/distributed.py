@@ -181,8 +181,11 @@ def _unused(store: dist.Store, rank: int, size: int) -> dist.Store:
 
 
 def _require_listening(address: tuple[str, int]) -> None:
-    """Raise an OSError unless a process is there that waits for a request. One that is dying still lets connect."""
+    """Raise an OSError unless the store is there. One that dies with rank 0 still lets one connect, but not wait;
+    torchrun's outlives the ranks."""
     with socket.create_connection(address, timeout=5) as connection:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return
         connection.settimeout(0.2)
         with contextlib.suppress(TimeoutError):
             connection.recv(1)

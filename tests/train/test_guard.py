@@ -109,7 +109,7 @@ def test_ten_in_a_row_end_the_run_of_all_ranks(engine: str, small, tmp_path: Pat
     result = run_script(launcher, options)
     assert result.returncode == 1
     run = tmp_path / "runs" / "a"
-    words = f"the gradient was not finite in 10 steps in a row, up to step 13; lower optimizer.lr; --resume {run} goes"
+    words = f"the gradient was not finite in 10 steps in a row, the last one at step 13; lower optimizer.lr; --resume {run} goes"
     assert result.stderr.count(words) == 1
     result = run_script(TORCHRUN, ["--resume", str(run), "--max_steps", "16"])
     assert result.returncode == 0, result.stderr
@@ -122,7 +122,7 @@ def test_many_in_a_row_end_the_run_with_a_healthy_checkpoint(small, tmp_path: Pa
     assert train_minimal.main([*small, *options]) == 1
     run = tmp_path / "runs" / "a"
     said = capsys.readouterr().err
-    assert "the gradient was not finite in 5 steps in a row, up to step 8" in said and str(run) in said
+    assert "the gradient was not finite in 5 steps in a row, the last one at step 8" in said and str(run) in said
     monkeypatch.undo()
     assert train_minimal.main(["--resume", str(run)]) == 0
     assert (run / "final").resolve().name == "step_20"
