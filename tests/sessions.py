@@ -11,10 +11,10 @@ SHIMMED = "LLMCORE_CUDA_SHIM" in os.environ
 
 def backends(op: str) -> list[str]:
     """The backends to prove for `op` in this session; those that cannot run here are listed by `llmcore doctor`."""
-    from llmcore.ops._dispatch import missing
+    from llmcore.ops._dispatch import missing, registry
 
     if INTERPRETED:
-        return ["triton"]
+        return ["triton"] if "triton" in registry[op].kernels else []
     if SHIMMED:
         return ["cuda"]
     device = "cuda" if torch.cuda.is_available() else "cpu"

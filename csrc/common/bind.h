@@ -1,13 +1,16 @@
 // From C++ functions on pointers to Python functions on integers: an address is an int (0 = absent), a dtype is its
-// code.
+// code, a view is (address, dtype, four strides).
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 
 #include "common/dtype.h"
+#include "common/view.h"
 
 namespace llmcore {
 
@@ -32,6 +35,15 @@ struct FromPython<DType> {
                                         "; allowed are 0 (float32), 1 (bfloat16) and 2 (float16).");
         }
         return DType(code);
+    }
+};
+
+template <>
+struct FromPython<View> {
+    using type = std::array<std::int64_t, 6>;
+    static View convert(const type& value) {
+        return {reinterpret_cast<void*>(value[0]), FromPython<DType>::convert(int(value[1])),
+                {value[2], value[3], value[4], value[5]}};
     }
 };
 

@@ -68,6 +68,8 @@ PYBIND11_MODULE(_cpu, m) {
     bind(m, "swiglu_bwd", level.kernels->swiglu_bwd);
     bind(m, "attention_fwd", level.kernels->attention_fwd);
     bind(m, "attention_bwd", level.kernels->attention_bwd);
+    bind(m, "selective_scan_fwd", level.kernels->selective_scan_fwd);
+    bind(m, "selective_scan_bwd", level.kernels->selective_scan_bwd);
 
     m.def("isa", [name = level.name] { return name; }, "The instruction-set level in use.");
     m.def(

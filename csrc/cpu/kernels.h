@@ -9,6 +9,7 @@
 
 #include "common/dtype.h"
 #include "cpu/attention.h"
+#include "cpu/selective_scan.h"
 
 namespace llmcore {
 
@@ -45,6 +46,8 @@ struct Kernels {
     SwigluBwd* swiglu_bwd;
     AttentionFwd* attention_fwd;
     AttentionBwd* attention_bwd;
+    SelectiveScanFwd* selective_scan_fwd;
+    SelectiveScanBwd* selective_scan_bwd;
 };
 
 #if defined(LLMCORE_ISA)

@@ -19,6 +19,15 @@ def code(tensor: Tensor | None) -> int:
     return 0 if tensor is None else DTYPE_CODE[tensor.dtype]
 
 
+def view(tensor: Tensor | None) -> tuple[int, ...]:
+    """Address, dtype code and up to four strides, as the kernels take a tensor of any layout; zeros for None. A
+    fifth dimension is contiguous."""
+    if tensor is None:
+        return (0,) * 6
+    strides = tensor.stride()[:4]
+    return (tensor.data_ptr(), DTYPE_CODE.get(tensor.dtype, 0), *strides, *(0,) * (4 - len(strides)))
+
+
 def module(backend: str) -> Any:
     return _extension.cpu() if backend == "cpu" else _extension.cuda()
 

@@ -303,7 +303,10 @@ def test_errors_are_relative_to_the_exact_values():
         (["mine"], "mine takes one model, but 0 were given"),
         (["mine", "README.md"], "README.md cannot be parsed"),
         (["ops", "--threads", "0"], "--threads is 0; allowed: whole numbers from 1"),
-        (["ops", "rms_nrom"], "rms_nrom is not an op; allowed: apply_rotary, attention, rms_norm, swiglu"),
+        (
+            ["ops", "rms_nrom"],
+            "rms_nrom is not an op; allowed: apply_rotary, attention, rms_norm, selective_scan, swiglu",
+        ),
     ],
 )
 def test_bad_arguments_get_one_sentence(arguments, sentence):

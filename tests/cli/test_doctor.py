@@ -24,7 +24,7 @@ def test_json_says_what_runs_and_why_not():
     for row in rows:
         assert row["backends"]["torch"] == "yes" and row["runs on"] in row["backends"]
     cpu = [row for row in rows if row["device"] == "cpu"]
-    assert all("interpreter" in row["backends"]["triton"] for row in cpu)
+    assert all("interpreter" in row["backends"]["triton"] for row in cpu if "triton" in ops.registry[row["op"]].kernels)
 
 
 def test_forced_backend():

@@ -36,6 +36,12 @@ def example(name, **how):
         return ops.swiglu, (leaf(4, 6, 32, **how), leaf(4, 6, 32, seed=1, **how)), {}
     if name == "apply_rotary":
         return ops.apply_rotary, (leaf(2, 6, 4, 16, **how), leaf(2, 6, 2, 16, seed=1, **how)), TABLES
+    if name == "selective_scan":
+        u, delta, z = (leaf(2, 5, 9, seed=seed, **how) for seed in range(3))
+        B, C = (leaf(2, 4, 9, seed=seed, **how) for seed in (3, 4))
+        A = leaf(5, 4, seed=5).detach().abs().neg().requires_grad_()
+        others = (leaf(5, seed=6), z, leaf(5, seed=7))
+        return ops.selective_scan, (u, delta, A, B, C, *others), {"delta_softplus": True, "return_last_state": True}
     q, k, v = leaf(2, 6, 4, 16, **how), leaf(2, 7, 2, 16, seed=1, **how), leaf(2, 7, 2, 24, seed=2, **how)
     return ops.attention, (q, k, v), {"causal": True, "return_lse": True}
 
@@ -50,6 +56,13 @@ def operator_arguments(name, backend, **how):
     if name == "apply_rotary":
         positions = torch.tensor([3, 1, 0, 6, 2, 2], device=DEVICE)
         return [(*tensors, *TABLES.values(), p, i, False, backend) for p, i in ((None, False), (positions, True))]
+    if name == "selective_scan":
+        u, delta, A, B, C, *others = tensors
+        required = (u, delta, A, B.unsqueeze(1), C.unsqueeze(1))
+        return [
+            (*required, *others, leaf(2, 5, 4, seed=8), None, True, True, backend),
+            (*required, None, None, None, None, None, True, True, backend),
+        ]
     return [(*tensors, 0.25, -1, right, backend) for right in (0, -1)]
 
 

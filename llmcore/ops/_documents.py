@@ -1,0 +1,62 @@
+"""Documents packed into one sequence: what `cu_seqlens` means, and its checks. Offsets from 0 to the length, one more
+than there are documents; a document may be empty."""
+
+import os
+from bisect import bisect_right
+
+import torch
+from torch import Tensor
+
+from llmcore.ops import _checks
+
+_CHECK_VALUES_ON_CUDA = os.environ.get("LLMCORE_CHECK") == "1"
+
+
+def count(op: str, cu_seqlens: Tensor, x: Tensor, batch: int) -> int:
+    """The number of documents in x, which is a batch of one sequence. Raises ValueError or TypeError."""
+    _checks.is_tensor(op, "cu_seqlens", cu_seqlens)
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"{op}: cu_seqlens has dtype {_checks.name_of(cu_seqlens.dtype)}; allowed: int32.")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(
+            f"{op}: cu_seqlens must be (S + 1,) for S >= 1 documents, but its shape is {tuple(cu_seqlens.shape)}."
+        )
+    if batch != 1:
+        raise ValueError(f"{op}: with cu_seqlens all documents are one sequence, but the batch has {batch}.")
+    if cu_seqlens.device != x.device:
+        raise ValueError(f"{op}: cu_seqlens is on {cu_seqlens.device}, but the input is on {x.device}.")
+    return cu_seqlens.shape[0] - 1
+
+
+def check_values(op: str, cu_seqlens: Tensor | None, length: int) -> None:
+    """Raise a ValueError unless the offsets rise from 0 to `length`; on CUDA only with LLMCORE_CHECK=1."""
+    if cu_seqlens is None or (cu_seqlens.device.type != "cpu" and not _CHECK_VALUES_ON_CUDA):
+        return
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0 or offsets[-1] != length or any(a > b for a, b in zip(offsets, offsets[1:], strict=False)):
+        raise ValueError(
+            f"{op}: cu_seqlens is {shown(offsets)}; allowed: offsets that start at 0, never fall and end at the "
+            f"length, {length}."
+        )
+
+
+def shown(offsets: list[int]) -> str:
+    return str(offsets) if len(offsets) <= 8 else f"[{', '.join(map(str, offsets[:4]))}, ..., {offsets[-1]}]"
+
+
+def number(cu_seqlens: Tensor | None) -> int:
+    """How many documents; 0 where sequences are not packed."""
+    return 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+class Spans:
+    """Where each state of a call begins and ends: one for each document, or one for all sequences of the batch."""
+
+    def __init__(self, cu_seqlens: Tensor | None, length: int) -> None:
+        self.packed = cu_seqlens is not None
+        self.offsets: list[int] = [0, length] if cu_seqlens is None else cu_seqlens.tolist()
+
+    def of(self, t: int) -> tuple[int, int, slice]:
+        """The first step, the end and the rows of the states to which step t belongs."""
+        i = bisect_right(self.offsets, t) - 1
+        return self.offsets[i], self.offsets[i + 1], slice(i, i + 1) if self.packed else slice(None)
