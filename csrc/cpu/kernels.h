@@ -48,6 +48,7 @@ struct Kernels {
     AttentionBwd* attention_bwd;
     SelectiveScanFwd* selective_scan_fwd;
     SelectiveScanBwd* selective_scan_bwd;
+    SelectiveStateUpdate* selective_state_update;
 };
 
 #if defined(LLMCORE_ISA)

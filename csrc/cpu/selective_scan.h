@@ -29,10 +29,15 @@ using SelectiveScanBwd = void(View dy, View u, View delta, View A, View B, View 
                               int64_t length, int64_t states, int64_t groups, int64_t documents, int64_t shares,
                               bool softplus);
 
+using SelectiveStateUpdate = void(View state, View x, View dt, View A, View B, View C, View D, View z, View dt_bias, View y,
+                                  int64_t batch, int64_t heads, int64_t channels, int64_t states, int64_t groups,
+                                  bool softplus);
+
 #if defined(LLMCORE_ISA)
 namespace LLMCORE_ISA {
 SelectiveScanFwd selective_scan_fwd;
 SelectiveScanBwd selective_scan_bwd;
+SelectiveStateUpdate selective_state_update;
 }  // namespace LLMCORE_ISA
 #endif
 

@@ -9,6 +9,18 @@ from llmcore.ops.apply_rotary import apply_rotary
 from llmcore.ops.attention import attention
 from llmcore.ops.rms_norm import rms_norm
 from llmcore.ops.selective_scan import selective_scan
+from llmcore.ops.selective_state_update import selective_state_update
 from llmcore.ops.swiglu import swiglu
 
-__all__ = ["BACKENDS", "Op", "apply_rotary", "attention", "backend", "registry", "rms_norm", "selective_scan", "swiglu"]
+__all__ = [
+    "BACKENDS",
+    "Op",
+    "apply_rotary",
+    "attention",
+    "backend",
+    "registry",
+    "rms_norm",
+    "selective_scan",
+    "selective_state_update",
+    "swiglu",
+]
