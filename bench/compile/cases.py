@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from bench.compile.ahead_of_time import compile_launches, never_compiled
-from llmcore.kernels import apply_rotary, attention, device, rms_norm, swiglu
+from llmcore.kernels import apply_rotary, attention, device, rms_norm, selective_scan, swiglu
 
 ROOT = Path(__file__).parents[2]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -77,6 +77,28 @@ def launch_apply_rotary(dtype, D, R, interleaved):
     apply_rotary.apply_rotary(q, k, table, table, None, interleaved, False)
 
 
+def launch_selective_scan(dtype, states, length, packed):
+    B, D = (1 if packed else 2), 64
+    x, small = torch.empty(B, D, length, dtype=dtype), torch.empty(B, 1, states, length, dtype=dtype)
+    A, vector, state = torch.empty(D, states), torch.empty(D), torch.empty(B, D, states)
+    documents = torch.tensor([0, length], dtype=torch.int32) if packed else None
+    saved = torch.empty(B, length // selective_scan.CHUNK, states, D)
+    inputs = (x, x, A, small, small, vector, x, vector, state, documents)
+    selective_scan.selective_scan_fwd(*inputs, True, torch.empty_like(x), torch.empty_like(state), saved)
+    selective_scan.selective_scan_bwd(x, state, *inputs, saved, True, torch.empty_like(state))
+
+
+def _scan_cases(everything: bool) -> Iterator[Case]:
+    """Short sequences go through in one piece, long ones of few channels in segments."""
+    for name, dtype in DTYPES.items():
+        for states in (1, 8, 16, 64, 128, 256) if everything else (16, 128):
+            for length, packed in ((256, False), (8192, False), (8192, True)):
+                if everything or name == "bf16" or length == 256:
+                    call = partial(launch_selective_scan, dtype, states, length, packed)
+                    kind = "packed" if packed else "segments" if length > 256 else "short"
+                    yield f"selective_scan {name} {states} {kind}", call
+
+
 def _row_cases(everything: bool) -> Iterator[Case]:
     for name, dtype in DTYPES.items():
         for cols in (100, 128, 1000, 1024, 4096, 8192, 16384, 65536) if everything else (1000, 4096, 65536):
@@ -92,7 +114,7 @@ def _row_cases(everything: bool) -> Iterator[Case]:
 
 
 def main(capability: int, everything: bool, only: str = "") -> None:
-    cases = [*_attention_cases(everything), *_row_cases(everything)]
+    cases = [*_attention_cases(everything), *_row_cases(everything), *_scan_cases(everything)]
     compiled, kernels = compile_launches(capability, device, [case for case in cases if case[0].startswith(only)])
     names = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
     modules = [importlib.import_module(f"llmcore.kernels.{name}") for name in names]

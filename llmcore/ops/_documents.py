@@ -28,9 +28,13 @@ def count(op: str, cu_seqlens: Tensor, x: Tensor, batch: int) -> int:
     return cu_seqlens.shape[0] - 1
 
 
+def values_are_checked(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" or _CHECK_VALUES_ON_CUDA
+
+
 def check_values(op: str, cu_seqlens: Tensor | None, length: int) -> None:
     """Raise a ValueError unless the offsets rise from 0 to `length`; on CUDA only with LLMCORE_CHECK=1."""
-    if cu_seqlens is None or (cu_seqlens.device.type != "cpu" and not _CHECK_VALUES_ON_CUDA):
+    if cu_seqlens is None or not values_are_checked(cu_seqlens):
         return
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0 or offsets[-1] != length or any(a > b for a, b in zip(offsets, offsets[1:], strict=False)):

@@ -21,7 +21,7 @@ from llmcore.ops import _checks, _documents, _native
 from llmcore.ops._dispatch import Op, resolve
 from llmcore.ops._library import operator, public
 
-OP = Op("selective_scan", kernels=("cpu",))
+OP = Op("selective_scan", kernels=("triton", "cpu"))
 CHUNK = 64
 
 Result = Tensor | tuple[Tensor, Tensor]
@@ -213,6 +213,16 @@ def _forward(
     if backend == "torch":
         _forward_torch(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, *outputs)
         return outputs
+    if backend == "triton":
+        from llmcore.kernels import selective_scan as kernel
+
+        if not delta_softplus and _documents.values_are_checked(u):
+            _require_steps(not bool((_step(delta, delta_bias, False, A.dtype)[0] >= 0).all()))
+        kept = saved if keep else None
+        kernel.selective_scan_fwd(
+            u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, y, last, kept
+        )
+        return outputs
     view = _native.view
     bad = _native.module(backend).selective_scan_fwd(
         view(u), view(delta), view(A), view(B), view(C), view(D), view(z), view(delta_bias), view(initial_state),
@@ -270,7 +280,7 @@ def _forward_torch(
 ) -> None:
     channels, length = u.shape[1:]
     dt, _ = _step(delta, delta_bias, delta_softplus, A.dtype)
-    if not delta_softplus and u.device.type == "cpu":
+    if not delta_softplus and _documents.values_are_checked(u):
         _require_steps(not bool((dt >= 0).all()))
     B, C, u_wide = _per_channel(B, channels, A.dtype), _per_channel(C, channels, A.dtype), u.to(A.dtype)
     spans = _documents.Spans(cu_seqlens, length)
@@ -312,7 +322,8 @@ def _backward(
     batch, channels, length = u.shape
     states, groups = A.shape[1], B.shape[1]
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dinitial = A.new_zeros(rows, channels, states) if dlast is None else dlast.contiguous().clone()
+    dlast = None if dlast is None else dlast.contiguous()
+    dinitial = A.new_zeros(rows, channels, states) if dlast is None else dlast.clone()
     if dy.numel() == 0:
         zeros = (
             torch.zeros_like(t) if t is not None else A.new_empty(0) for t in (u, delta, A, B, C, D, z, delta_bias)
@@ -322,6 +333,14 @@ def _backward(
         return _backward_torch(
             dy, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, saved, delta_softplus, dinitial
         )
+    none = A.new_empty(0)
+    if backend == "triton":
+        from llmcore.kernels import selective_scan as kernel
+
+        grads = kernel.selective_scan_bwd(
+            dy, dlast, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, saved, delta_softplus, dinitial
+        )
+        return (*(none if grad is None else grad for grad in grads), dinitial)
     du, ddelta = torch.empty_like(u), torch.empty_like(delta)
     dz = A.new_empty(0) if z is None else torch.empty_like(z)
     # Sums over the batch, or over the threads' shares of the channels, are left to PyTorch.

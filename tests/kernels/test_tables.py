@@ -12,6 +12,7 @@ from llmcore.kernels import (  # noqa: E402
     attention_tiles,
     device,
     rms_norm,
+    selective_scan,
     swiglu,
 )
 
@@ -29,7 +30,7 @@ def architecture(request, monkeypatch) -> str:
 
 
 def test_row_kernels(architecture):
-    for table in (rms_norm.TILES, rms_norm.PREFETCH_BYTES, swiglu.PIECES, apply_rotary.TILES):
+    for table in (rms_norm.TILES, rms_norm.PREFETCH_BYTES, swiglu.PIECES, apply_rotary.TILES, selective_scan.TILES):
         assert architecture in table
 
 

@@ -202,6 +202,29 @@ def test_a_long_sequence(backend, device):
     check(backend, values)
 
 
+@pytest.mark.parametrize("documents", [None, [70, 0, 129, 1, 50]])
+def test_segments_side_by_side(backend, device, documents, monkeypatch):
+    """What a long sequence of few channels is cut into."""
+    if backend != "triton":
+        pytest.skip("only the Triton kernels cut sequences")
+    from llmcore.kernels import device as kernels_device
+    from llmcore.kernels import selective_scan as kernel
+
+    monkeypatch.setattr(kernel, "SEGMENT", 2 * CHUNK)
+    monkeypatch.setattr(kernels_device, "multiprocessors", lambda _: 1000)
+    B, L = (2, 300) if documents is None else (1, 250)
+    check(backend, inputs(B, 6, L, 5, 2, device=device, documents=documents, initial=True))
+    check(backend, inputs(B, 3, L, 5, device=device, documents=documents, z=False))
+
+
+def test_deterministic(backend, device):
+    torch.use_deterministic_algorithms(True)
+    try:
+        check(backend, inputs(2, 40, 70, 5, 2, device=device))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_no_gradient_asked_saves_no_states(backend, device):
     values = {n: t.detach() if isinstance(t, torch.Tensor) else t for n, t in inputs(device=device).items()}
     with llmcore.backend(backend):
