@@ -4,7 +4,8 @@
 namespace llmcore::LLMCORE_ISA {
 
 extern const Kernels kernels;
-const Kernels kernels = {rms_norm_fwd,  rms_norm_bwd,  apply_rotary,       swiglu_fwd,        swiglu_bwd,
-                         attention_fwd, attention_bwd, selective_scan_fwd, selective_scan_bwd};
+const Kernels kernels = {rms_norm_fwd,      rms_norm_bwd,      apply_rotary,       swiglu_fwd,
+                         swiglu_bwd,        attention_fwd,     attention_bwd,      selective_scan_fwd,
+                         selective_scan_bwd, causal_conv1d_fwd, causal_conv1d_bwd, causal_conv1d_update};
 
 }  // namespace llmcore::LLMCORE_ISA

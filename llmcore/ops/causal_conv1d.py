@@ -21,7 +21,7 @@ from llmcore.ops import _checks, _documents, _native
 from llmcore.ops._dispatch import Op, resolve
 from llmcore.ops._library import operator, public
 
-OP = Op("causal_conv1d", kernels=())
+OP = Op("causal_conv1d", kernels=("cpu",))
 ACTIVATIONS = {None: False, "silu": True, "swish": True}
 WIDTHS = (2, 3, 4)
 
@@ -204,7 +204,17 @@ def _forward(
     _documents.check_values("causal_conv1d", cu_seqlens, x.shape[2])
     inputs = (x, weight, bias, initial_state, cu_seqlens, seq_idx)
     y, final = _fake(*inputs, silu, return_final_state, backend)
-    _forward_torch(*inputs, silu, y, final if return_final_state else None)
+    if y.numel() + final.numel() == 0:
+        return y, final
+    if backend == "torch":
+        _forward_torch(*inputs, silu, y, final if return_final_state else None)
+        return y, final
+    view = _native.view
+    offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
+    _native.module(backend).causal_conv1d_fwd(
+        view(x), view(weight), view(bias), view(initial_state), view(offsets), view(seq_idx), view(y),
+        view(final if return_final_state else None), *x.shape, weight.shape[1], _documents.number(cu_seqlens), silu,
+    )  # fmt: skip
     return y, final
 
 
@@ -309,7 +319,31 @@ def _backward(
     if dy is None:
         dy = torch.zeros_like(x)
     inputs = (dy, dfinal, x, weight, bias, initial_state, cu_seqlens, seq_idx)
-    return _backward_torch(*inputs, silu, _backward_fake(*inputs, silu, backend))
+    grads = _backward_fake(*inputs, silu, backend)
+    if backend == "torch":
+        return _backward_torch(*inputs, silu, grads)
+    batch, width = x.shape[0], weight.shape[1]
+    if x.shape[1] == 0 or batch == 0:
+        for grad in grads:
+            grad.zero_()
+        return grads
+    dx, dweight, dbias, dinitial = grads
+    inner = 2 if x.stride(2) == 1 else 1
+    if x.stride(inner) == 1 and dy.stride(inner) != 1:
+        dy = torch.empty_like(x).copy_(dy)
+    dfilter = weight.new_empty((batch, width + 1, x.shape[1]), dtype=torch.float32)
+    view = _native.view
+    offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
+    _native.module(backend).causal_conv1d_bwd(
+        view(dy), view(dfinal), view(x), view(weight), view(bias), view(initial_state), view(offsets), view(seq_idx),
+        view(dx), view(dfilter), view(None if initial_state is None else dinitial), *x.shape, width,
+        _documents.number(cu_seqlens), silu,
+    )  # fmt: skip
+    sums = dfilter[0] if batch == 1 else dfilter.sum(0)
+    dweight.copy_(sums[:width].t())
+    if bias is not None:
+        dbias.copy_(sums[width])
+    return grads
 
 
 def _backward_torch(
@@ -426,7 +460,15 @@ def _update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, 
     # The dispatcher does not do this for operators in Python, and the short way does not meet it.
     torch.autograd.graph.increment_version(conv_state)
     y = torch.empty_like(x)
-    return y.copy_(update_reference(x, conv_state, weight, bias, "silu" if silu else None))
+    if backend == "torch" or x.numel() == 0:
+        return y.copy_(update_reference(x, conv_state, weight, bias, "silu" if silu else None))
+    steps, y_steps = (t if t.dim() == 3 else t[..., None] for t in (x, y))
+    view = _native.view
+    _native.module(backend).causal_conv1d_update(
+        view(steps), view(conv_state), view(weight), view(bias), view(y_steps), *steps.shape, conv_state.shape[2],
+        weight.shape[1], silu,
+    )  # fmt: skip
+    return y
 
 
 def _update_fake(
