@@ -71,6 +71,9 @@ PYBIND11_MODULE(_cpu, m) {
     bind(m, "selective_scan_fwd", level.kernels->selective_scan_fwd);
     bind(m, "selective_scan_bwd", level.kernels->selective_scan_bwd);
     bind(m, "selective_state_update", level.kernels->selective_state_update);
+    bind(m, "causal_conv1d_fwd", level.kernels->causal_conv1d_fwd);
+    bind(m, "causal_conv1d_bwd", level.kernels->causal_conv1d_bwd);
+    bind(m, "causal_conv1d_update", level.kernels->causal_conv1d_update);
 
     m.def("isa", [name = level.name] { return name; }, "The instruction-set level in use.");
     m.def(

@@ -9,6 +9,7 @@
 
 #include "common/dtype.h"
 #include "cpu/attention.h"
+#include "cpu/causal_conv1d.h"
 #include "cpu/selective_scan.h"
 
 namespace llmcore {
@@ -49,6 +50,9 @@ struct Kernels {
     SelectiveScanFwd* selective_scan_fwd;
     SelectiveScanBwd* selective_scan_bwd;
     SelectiveStateUpdate* selective_state_update;
+    CausalConv1dFwd* causal_conv1d_fwd;
+    CausalConv1dBwd* causal_conv1d_bwd;
+    CausalConv1dUpdate* causal_conv1d_update;
 };
 
 #if defined(LLMCORE_ISA)

@@ -147,6 +147,13 @@ LLMCORE_INLINE float sum_vectors(int64_t n, const F& f) {
     return reduce_sum(total);
 }
 
+// sums += x, and in `lost` what rounding took from the sums: thousands of parts are added up
+LLMCORE_INLINE void add_exactly(float* sums, float* lost, vf x) {
+    const vf before = load(sums), after = before + x, added = after - before;
+    store(sums, after);
+    store(lost, load(lost) + ((before - (after - added)) + (x - added)));
+}
+
 // Uninitialised floats at a cache line's boundary.
 class Scratch {
   public:

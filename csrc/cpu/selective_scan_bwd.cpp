@@ -10,13 +10,6 @@ namespace {
 
 constexpr int64_t kBlock = kChunk * VL, kSlabBlock = kChunk * kSlab * VL;
 
-// sums += x, and in `lost` what rounding took from the sums: thousands of chunks are added up
-LLMCORE_INLINE void add_exactly(float* sums, float* lost, vf x) {
-    const vf before = load(sums), after = before + x, added = after - before;
-    store(sums, after);
-    store(lost, load(lost) + ((before - (after - added)) + (x - added)));
-}
-
 // What a thread keeps of one chunk of a block, [step][lane], and of a slab of its states, [step][state][lane].
 struct Steps {
     float dt[kBlock], raw[kBlock], u[kBlock], x[kBlock], dy[kBlock], z[kBlock], y[kBlock];

@@ -4,6 +4,7 @@
 //
 // The forward's sigmoid(g) = 1 / (1 + e^-g) is exactly 0 where e^-g overflows; the backward takes sigmoid(g) and
 // sigmoid(-g) from e^-|g|, so that nothing cancels. No product is inf * 0 for any finite g.
+#include "cpu/activations.h"
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
 
@@ -12,23 +13,6 @@ namespace {
 
 // Blocks of a row are the unit that threads divide, so that their parts begin at whole cache lines.
 constexpr int64_t kBlock = 1024;
-
-constexpr float ln2 = 0.693147182f;
-constexpr float overflow = 128.0f * ln2;
-
-// e^x for x <= overflow, to about 1 ulp, in fewer and less dependent steps than exp. At overflow it is infinity,
-// because r is exactly 0; below -126 ln2 it is some number between 0 and 2^-125. ln2 is one float: r's error is n *
-// 2e-9.
-LLMCORE_INLINE vf exp_normal(vf x) {
-    x = max(broadcast(-126.0f * ln2), x);
-    const vf shifted = fmadd(x, broadcast(1.44269504f), broadcast(round_magic)), n = shifted - round_magic;
-    const vf r = fmadd(n, broadcast(-ln2), x), r2 = r * r;
-    const vf low = fmadd(r, broadcast(1.66665195e-1f), broadcast(4.99999934e-1f));
-    const vf middle = fmadd(r, broadcast(8.36885107e-3f), broadcast(4.16684011e-2f));
-    const vf high = fmadd(r2, broadcast(1.38143207e-3f), middle);
-    const vf p = fmadd(r2, fmadd(r2, high, low), r + 1.0f);
-    return (vf)((vi)p + ((vi)shifted << 23));
-}
 
 // f(row, first column, number of columns)
 template <bool kStream, class F>

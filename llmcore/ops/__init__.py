@@ -7,6 +7,7 @@ its backward and its kernels' entry points. The function is exported under the m
 from llmcore.ops._dispatch import BACKENDS, Op, backend, registry
 from llmcore.ops.apply_rotary import apply_rotary
 from llmcore.ops.attention import attention
+from llmcore.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from llmcore.ops.rms_norm import rms_norm
 from llmcore.ops.selective_scan import selective_scan
 from llmcore.ops.selective_state_update import selective_state_update
@@ -18,6 +19,8 @@ __all__ = [
     "apply_rotary",
     "attention",
     "backend",
+    "causal_conv1d",
+    "causal_conv1d_update",
     "registry",
     "rms_norm",
     "selective_scan",

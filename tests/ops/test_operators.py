@@ -39,6 +39,9 @@ def example(name, **how):
         return ops.swiglu, (leaf(4, 6, 32, **how), leaf(4, 6, 32, seed=1, **how)), {}
     if name == "apply_rotary":
         return ops.apply_rotary, (leaf(2, 6, 4, 16, **how), leaf(2, 6, 2, 16, seed=1, **how)), TABLES
+    if name == "causal_conv1d":
+        tensors = (leaf(2, 5, 9, **how), leaf(5, 4, seed=1), leaf(5, seed=2))
+        return ops.causal_conv1d, tensors, {"activation": "silu", "return_final_state": True}
     if name == "selective_scan":
         u, delta, z = (leaf(2, 5, 9, seed=seed, **how) for seed in range(3))
         B, C = (leaf(2, 4, 9, seed=seed, **how) for seed in (3, 4))
@@ -59,6 +62,24 @@ def operator_arguments(name, backend, **how):
     if name == "apply_rotary":
         positions = torch.tensor([3, 1, 0, 6, 2, 2], device=DEVICE)
         return [(*tensors, *TABLES.values(), p, i, False, backend) for p, i in ((None, False), (positions, True))]
+    if name == "causal_conv1d":
+        x, weight, bias = tensors
+        offsets = torch.tensor([0, 4, 4, 9], dtype=torch.int32, device=DEVICE)
+        return [
+            (*tensors, leaf(2, 5, 3, seed=3), None, None, True, True, backend),
+            (
+                x,
+                weight,
+                None,
+                None,
+                None,
+                (torch.arange(18, device=DEVICE).view(2, 9) // 5).int(),
+                False,
+                False,
+                backend,
+            ),
+            (x[:1].detach().requires_grad_(), weight, bias, None, offsets, None, True, True, backend),
+        ]
     if name == "selective_scan":
         u, delta, A, B, C, *others = tensors
         required = (u, delta, A, B.unsqueeze(1), C.unsqueeze(1))
