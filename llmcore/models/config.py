@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from llmcore.models.presets import PRESETS
@@ -13,9 +13,12 @@ def _suggest(given: str, allowed: list[str]) -> str:
     return f"did you mean {close[0]!r}? " if close else ""
 
 
+MIXERS = ("attention", "mamba")
+
+
 @dataclass
 class ModelConfig:
-    """A decoder-only transformer in Llama's form.
+    """A decoder-only language model: Llama's form, Mamba's, or layers of both by a pattern.
 
     vocab_size: number of tokens. hidden_size: width C. intermediate_size: feed-forward width F.
     num_hidden_layers: blocks. num_attention_heads: H. num_key_value_heads: K, divides H; H when None.
@@ -24,6 +27,10 @@ class ModelConfig:
     rms_norm_eps: added to the mean of squares. tie_word_embeddings: the output layer is the embedding's weight.
     initializer_range: standard deviation of the initial weights.
     dropout: probability with which training zeroes an element of the embedding's, an attention's or an MLP's output.
+    layer_pattern: what the layers mix time with, "attention" or "mamba", repeated over the layers.
+    mamba_state_size: N. mamba_expand: channels inside, as a multiple of the width. mamba_conv_width: W, 2 to 4.
+    mamba_dt_rank: width of the steps' projection; ceil(hidden_size / 16) when None.
+    mamba_feed_forward: whether Mamba layers have the feed-forward too, as Jamba's do; Mamba's own have none.
     """
 
     vocab_size: int = 32000
@@ -39,21 +46,28 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
     dropout: float = 0.0
+    layer_pattern: list[str] = field(default_factory=lambda: ["attention"])
+    mamba_state_size: int = 16
+    mamba_expand: int = 2
+    mamba_conv_width: int = 4
+    mamba_dt_rank: int | None = None
+    mamba_feed_forward: bool = False
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type in (int, int | None) and value is not None:
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if item.type in (int, int | None) and value is not None:
                 if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                    raise ValueError(f"ModelConfig: {field.name} is {value!r}; allowed: whole numbers from 1.")
-            elif field.name == "dropout":
+                    raise ValueError(f"ModelConfig: {item.name} is {value!r}; allowed: whole numbers from 1.")
+            elif item.name == "dropout":
                 if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
                     raise ValueError(f"ModelConfig: dropout is {value!r}; allowed: numbers from 0 to below 1.")
-            elif field.type is float:
+            elif item.type is float:
                 if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-                    raise ValueError(f"ModelConfig: {field.name} is {value!r}; allowed: numbers above 0.")
-            elif field.type is bool and not isinstance(value, bool):
-                raise ValueError(f"ModelConfig: {field.name} is {value!r}; allowed: true, false.")
+                    raise ValueError(f"ModelConfig: {item.name} is {value!r}; allowed: numbers above 0.")
+            elif item.type is bool and not isinstance(value, bool):
+                raise ValueError(f"ModelConfig: {item.name} is {value!r}; allowed: true, false.")
+        self._check_layers()
         H = self.num_attention_heads
         if self.num_key_value_heads is None:
             self.num_key_value_heads = H
@@ -71,6 +85,27 @@ class ModelConfig:
             self.head_dim = self.hidden_size // H
         if self.head_dim % 8 or not 16 <= self.head_dim <= 256:
             raise ValueError(f"ModelConfig: head_dim is {self.head_dim}; allowed: 16 to 256 in steps of 8.")
+
+    def _check_layers(self) -> None:
+        pattern = self.layer_pattern
+        if not isinstance(pattern, list | tuple) or not pattern or not set(pattern) <= set(MIXERS):
+            raise ValueError(f"ModelConfig: layer_pattern is {pattern!r}; allowed: a list of {' and '.join(MIXERS)}.")
+        self.layer_pattern = list(pattern)
+        for name, value, low, high in (
+            ("mamba_conv_width", self.mamba_conv_width, 2, 4),
+            ("mamba_state_size", self.mamba_state_size, 1, 256),
+        ):
+            if not low <= value <= high:
+                raise ValueError(f"ModelConfig: {name} is {value}; allowed: {low} to {high}.")
+        if self.mamba_dt_rank is None:
+            self.mamba_dt_rank = -(-self.hidden_size // 16)
+
+    def mixer(self, layer: int) -> str:
+        """What layer number `layer` mixes time with: attention or mamba."""
+        return self.layer_pattern[layer % len(self.layer_pattern)]
+
+    def has_feed_forward(self, layer: int) -> bool:
+        return self.mixer(layer) == "attention" or self.mamba_feed_forward
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> "ModelConfig":
@@ -95,18 +130,37 @@ class ModelConfig:
 
     def num_parameters(self) -> int:
         """Parameters of the model, a tied output layer counted once."""
-        C, F, D = self.hidden_size, self.intermediate_size, self.head_dim or 0
-        H, K = self.num_attention_heads, self.num_key_value_heads or 0
-        block = C * D * (2 * H + 2 * K) + 3 * C * F + 2 * C
-        embeddings = self.vocab_size * C * (1 if self.tie_word_embeddings else 2)
-        return self.num_hidden_layers * block + C + embeddings
+        layers = sum(self._matrices(i) + self._vectors(i) for i in range(self.num_hidden_layers))
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return layers + self.hidden_size + embeddings
 
     def flops_per_token(self, sequence_length: int, training: bool = True) -> float:
-        """Model FLOPs per token: 2 per weight of a matrix product, plus causal attention's two products with
-        (sequence_length + 1) / 2 keys on average; three times that with the backward (recomputation not counted)."""
+        """Model FLOPs per token: 2 per weight of a matrix product and of a convolution; causal attention's two products
+        with (sequence_length + 1) / 2 keys on average; 7 per state of a scan. Three times that with the backward
+        (recomputation not counted)."""
+        total = 2.0 * self.vocab_size * self.hidden_size
+        for i in range(self.num_hidden_layers):
+            total += 2 * self._matrices(i)
+            if self.mixer(i) == "attention":
+                total += 2 * self.num_attention_heads * (self.head_dim or 0) * (sequence_length + 1)
+            else:
+                inner = self.mamba_expand * self.hidden_size
+                total += inner * (2 * self.mamba_conv_width + 7 * self.mamba_state_size)
+        return (3 if training else 1) * total
+
+    def _matrices(self, layer: int) -> int:
+        """Weights of a layer's matrix products."""
         C, D = self.hidden_size, self.head_dim or 0
-        weights = self.num_parameters() - (2 * self.num_hidden_layers + 1) * C
-        if not self.tie_word_embeddings:
-            weights -= self.vocab_size * C
-        attention = 4 * self.num_hidden_layers * self.num_attention_heads * D * (sequence_length + 1) / 2
-        return (3 if training else 1) * (2 * weights + attention)
+        H, K = self.num_attention_heads, self.num_key_value_heads or 0
+        feed_forward = 3 * C * self.intermediate_size if self.has_feed_forward(layer) else 0
+        if self.mixer(layer) == "attention":
+            return C * D * (2 * H + 2 * K) + feed_forward
+        inner, rank = self.mamba_expand * C, self.mamba_dt_rank or 0
+        return inner * (3 * C + 2 * rank + 2 * self.mamba_state_size) + feed_forward
+
+    def _vectors(self, layer: int) -> int:
+        """A layer's other parameters: norms, and Mamba's filters, biases, A and D."""
+        norms = self.hidden_size * (2 if self.has_feed_forward(layer) else 1)
+        if self.mixer(layer) == "attention":
+            return norms
+        return norms + self.mamba_expand * self.hidden_size * (self.mamba_conv_width + self.mamba_state_size + 3)

@@ -1,7 +1,7 @@
-"""Decoder: a causal transformer in Llama's form, with Llama's parameter names and initialisation.
+"""Decoder: a causal language model of attention and Mamba layers by a pattern, with Llama's parameter names.
 
-Touvron et al., "LLaMA", 2023 (arXiv:2302.13971). Each block:
-    x = x + attention(rms_norm(x))      x = x + swiglu(rms_norm(x))
+Touvron et al., "LLaMA", 2023 (arXiv:2302.13971); Gu and Dao, "Mamba", 2023 (arXiv:2312.00752). Each block:
+    x = x + mixer(rms_norm(x))      x = x + swiglu(rms_norm(x)), which a layer of Mamba alone has not
 The additions run inside the next norm: a block hands on its last output and the residual stream, still apart.
 Training can drop elements (Srivastava et al., "Dropout", 2014) of the embedding's output and of what each attention and
 swiglu adds to the stream, as GPT-2 does (Radford et al., 2019), which drops attention's probabilities besides.
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.utils.checkpoint import checkpoint
 
+from llmcore.models.cache import Cache
 from llmcore.models.config import ModelConfig
 from llmcore.models.generation import generate_tokens
-from llmcore.nn import Attention, KVCache, RMSNorm, RotaryEmbedding, SwiGLU
+from llmcore.nn import Attention, KVCache, Mamba, RMSNorm, RotaryEmbedding, SwiGLU
 
 
 def _outside(tokens: Tensor, vocab_size: int) -> int:
@@ -43,13 +44,19 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         C = config.hidden_size
-        self.self_attn = Attention(
-            C, config.num_attention_heads, config.num_key_value_heads, config.head_dim, layer=layer
-        )
-        self.mlp = SwiGLU(C, config.intermediate_size)
+        self.is_mamba, self.dropout = config.mixer(layer) == "mamba", config.dropout
+        self.number = sum(config.mixer(i) == config.mixer(layer) for i in range(layer))  # among the layers of its kind
+        if self.is_mamba:
+            self.mixer = Mamba(
+                C, config.mamba_state_size, config.mamba_conv_width, config.mamba_expand, config.mamba_dt_rank
+            )
+        else:
+            self.self_attn = Attention(
+                C, config.num_attention_heads, config.num_key_value_heads, config.head_dim, layer=self.number
+            )
+        self.mlp = SwiGLU(C, config.intermediate_size) if config.has_feed_forward(layer) else None
         self.input_layernorm = RMSNorm(C, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(C, config.rms_norm_eps)
-        self.dropout = config.dropout
+        self.post_attention_layernorm = RMSNorm(C, config.rms_norm_eps) if self.mlp is not None else None
 
     def forward(
         self,
@@ -57,14 +64,20 @@ class DecoderLayer(nn.Module):
         residual: Tensor | None,
         rotary: RotaryEmbedding,
         positions: Tensor | None,
-        cache: KVCache | None,
+        cache: Cache | None,
     ) -> tuple[Tensor, Tensor]:
         """x: the last sublayer's output, residual: the stream before it (None in the first layer) -> the same pair."""
         if residual is None:
             y, residual = self.input_layernorm(x), x
         else:
             y, residual = self.input_layernorm(x, residual)
-        x = _dropout(self.self_attn(y, rotary, positions, cache), self.dropout, self.training)
+        if self.is_mamba:
+            x = self.mixer(y, None if cache is None else cache.states[self.number])
+        else:
+            x = self.self_attn(y, rotary, positions, None if cache is None else cache.kv)
+        x = _dropout(x, self.dropout, self.training)
+        if self.mlp is None or self.post_attention_layernorm is None:
+            return x, residual
         y, residual = self.post_attention_layernorm(x, residual)
         return _dropout(self.mlp(y), self.dropout, self.training), residual
 
@@ -82,7 +95,7 @@ class Backbone(nn.Module):
         self.dropout = config.dropout
         self.checkpointed_layers = 0
 
-    def forward(self, input_ids: Tensor, positions: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, input_ids: Tensor, positions: Tensor | None, cache: Cache | None) -> Tensor:
         x, residual = _dropout(self.embed_tokens(input_ids), self.dropout, self.training), None
         checkpointed = self.checkpointed_layers if self.training and torch.is_grad_enabled() and cache is None else 0
         for i, layer in enumerate(self.layers):
@@ -99,7 +112,7 @@ class Backbone(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The language model. Parameters are named as in Hugging Face's Llama."""
+    """The language model. Parameters are named as in Hugging Face's Llama, those of a Mamba mixer as in its Mamba."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -110,8 +123,14 @@ class Decoder(nn.Module):
         self.tie_weights()
 
     def reset_parameters(self) -> None:
-        """Normal weights of standard deviation initializer_range, norms at one."""
+        """Normal weights of standard deviation initializer_range, norms at one; Mamba mixers as in their paper."""
+        mixers = [module for module in self.modules() if isinstance(module, Mamba)]
+        for mixer in mixers:
+            mixer.reset_parameters(self.config.num_hidden_layers)
+        inside = {module for mixer in mixers for module in mixer.modules()}
         for module in self.modules():
+            if module in inside:
+                continue
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
             elif isinstance(module, RMSNorm):
@@ -143,7 +162,7 @@ class Decoder(nn.Module):
         *,
         cu_seqlens: Tensor | None = None,
         positions: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> DecoderOutput:
         """Logits of the next token, or the mean loss.
 
@@ -162,7 +181,7 @@ class Decoder(nn.Module):
             positions = torch.arange(cache.length, cache.length + input_ids.shape[1], device=input_ids.device)
         x = self.model(input_ids, positions, cache)
         if cache is not None:
-            cache.length += input_ids.shape[1]
+            cache.kv.length += input_ids.shape[1]
         logits = self.lm_head(x)
         if targets is None:
             return DecoderOutput(logits=logits)
@@ -171,9 +190,7 @@ class Decoder(nn.Module):
         loss = total / (targets != -100).sum().clamp(min=1)
         return DecoderOutput(loss=loss)
 
-    def _check(
-        self, input_ids: Tensor, targets: Tensor | None, cu_seqlens: Tensor | None, cache: KVCache | None
-    ) -> None:
+    def _check(self, input_ids: Tensor, targets: Tensor | None, cu_seqlens: Tensor | None, cache: Cache | None) -> None:
         if cu_seqlens is not None:
             raise NotImplementedError("Decoder: cu_seqlens (packed documents) is not supported yet; allowed: None.")
         for name, tokens in (("input_ids", input_ids), ("targets", targets)):
@@ -207,15 +224,18 @@ class Decoder(nn.Module):
                 f"{self.config.max_position_embeddings}."
             )
 
-    def new_cache(self, batch_size: int, max_length: int, dtype: torch.dtype | None = None) -> KVCache:
-        """An empty KV cache for this model; dtype is the weights' when None."""
-        weight = self.lm_head.weight
-        c = self.config
+    def new_cache(self, batch_size: int, max_length: int, dtype: torch.dtype | None = None) -> Cache:
+        """What this model keeps before the first token: room for max_length keys and values in each attention layer, a
+        state of fixed size in each Mamba layer. dtype is the weights' when None."""
+        weight, c = self.lm_head.weight, self.config
         assert c.num_key_value_heads is not None and c.head_dim is not None
-        return KVCache(
-            c.num_hidden_layers, batch_size, max_length, c.num_key_value_heads, c.head_dim,
-            dtype=dtype or weight.dtype, device=weight.device,
+        attention = sum(c.mixer(i) == "attention" for i in range(c.num_hidden_layers))
+        kv = KVCache(
+            attention, batch_size, max_length, c.num_key_value_heads, c.head_dim, dtype=dtype or weight.dtype,
+            device=weight.device,
         )  # fmt: skip
+        mixers = [module for module in self.modules() if isinstance(module, Mamba)]
+        return Cache(kv, [mixer.new_state(batch_size, dtype) for mixer in mixers])
 
     def generate(
         self,

@@ -8,6 +8,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         vocab_size=256, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
         max_position_embeddings=1024, tie_word_embeddings=False,
     ),
+    # Of tiny's size: Mamba alone, and two Mamba layers before each one of attention.
+    "tiny_mamba": dict(
+        vocab_size=256, hidden_size=128, num_hidden_layers=7, num_attention_heads=4, max_position_embeddings=1024,
+        layer_pattern=["mamba"],
+    ),
+    "tiny_hybrid": dict(
+        vocab_size=256, hidden_size=128, intermediate_size=320, num_hidden_layers=6, num_attention_heads=4,
+        max_position_embeddings=1024, layer_pattern=["mamba", "mamba", "attention"],
+    ),
     "test_small": dict(
         vocab_size=32000, hidden_size=512, intermediate_size=1536, num_hidden_layers=10, num_attention_heads=8,
         max_position_embeddings=2048, tie_word_embeddings=True,
@@ -31,5 +40,22 @@ PRESETS: dict[str, dict[str, Any]] = {
     "7b_transformer": dict(
         vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
         max_position_embeddings=4096,
+    ),
+    "1b_mamba": dict(
+        vocab_size=32000, hidden_size=2048, num_hidden_layers=42, num_attention_heads=32, max_position_embeddings=8192,
+        layer_pattern=["mamba"], tie_word_embeddings=True,
+    ),
+    "1b_hybrid": dict(
+        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=28, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=8192, layer_pattern=["mamba", "mamba", "attention", "mamba"],
+        tie_word_embeddings=True,
+    ),
+    "3b_mamba_lite": dict(
+        vocab_size=32000, hidden_size=2560, num_hidden_layers=64, num_attention_heads=40, max_position_embeddings=8192,
+        layer_pattern=["mamba"], tie_word_embeddings=True,
+    ),
+    "7b_mamba": dict(
+        vocab_size=32000, hidden_size=4096, num_hidden_layers=64, num_attention_heads=32, max_position_embeddings=8192,
+        layer_pattern=["mamba"],
     ),
 }  # fmt: skip

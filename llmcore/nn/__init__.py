@@ -2,8 +2,9 @@
 
 from llmcore.nn.attention import Attention
 from llmcore.nn.kv_cache import KVCache
+from llmcore.nn.mamba import Mamba, MambaState
 from llmcore.nn.rms_norm import RMSNorm
 from llmcore.nn.rotary_embedding import RotaryEmbedding
 from llmcore.nn.swiglu import SwiGLU
 
-__all__ = ["Attention", "KVCache", "RMSNorm", "RotaryEmbedding", "SwiGLU"]
+__all__ = ["Attention", "KVCache", "Mamba", "MambaState", "RMSNorm", "RotaryEmbedding", "SwiGLU"]

@@ -1,4 +1,4 @@
-"""The optimizers: matrices and embeddings decay, vectors (norm weights) do not.
+"""The optimizers: matrices and embeddings decay, vectors (norm weights) and what a module spares do not.
 
 AdamW: Loshchilov and Hutter, arXiv:1711.05101. Adam: Kingma and Ba, arXiv:1412.6980. Muon orthogonalises a matrix's
 momentum: Jordan et al., https://kellerjordan.github.io/posts/muon; its step is scaled to AdamW's (Liu et al.,
@@ -89,9 +89,11 @@ def _step_of_muon(muon: torch.optim.Muon, skip: Tensor) -> None:
 def _groups(model: nn.Module, config: OptimizerConfig, without: Iterable[Tensor] = ()) -> list[dict[str, Any]]:
     left_out = {id(p) for p in without}
     parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in left_out]
+    spared = {id(getattr(m, name)) for m in model.modules() for name in getattr(m, "no_weight_decay", ())}
+    decays = [p.ndim >= 2 and id(p) not in spared for p in parameters]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p, decay in zip(parameters, decays, strict=True) if decay == whether], "weight_decay": weight}
+        for whether, weight in ((True, config.weight_decay), (False, 0.0))
     ]
     return [group for group in groups if group["params"]]
 
