@@ -4,6 +4,7 @@ One entry for each kernel of each launch in cases.py (Triton) or each kernel and
 bench/results/compile/. `python -m bench compile` writes it.
 """
 
+import itertools
 import json
 import os
 import re
@@ -34,12 +35,15 @@ def compile_triton(capability: int, *options: str) -> dict[str, Any]:
 
 
 def entries_of(capability: int, report: dict[str, Any]) -> Entries:
+    """By architecture, case and kernel; a kernel that one launch compiles to several things, such as with and without
+    an output, has a number from the second on."""
     entries: Entries = {}
     for entry in report["compiled"]:
         facts = {name: value for name, value in entry.items() if name not in ("case", "kernel")}
-        key = f"sm_{capability} {entry['case']} {entry['kernel']}"
-        if entries.setdefault(key, facts) != facts:
-            raise ValueError(f"{key} compiles to two things in one launch")
+        name = f"sm_{capability} {entry['case']} {entry['kernel']}"
+        keys = (name if number == 1 else f"{name} {number}" for number in itertools.count(1))
+        key = next(key for key in keys if entries.get(key, facts) == facts)
+        entries[key] = facts
     return entries
 
 

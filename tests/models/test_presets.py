@@ -5,12 +5,18 @@ from llmcore.models import PRESETS, ModelConfig, build
 
 PARAMETERS = {
     "tiny": 918_656,
+    "tiny_mamba": 881_920,
+    "tiny_hybrid": 909_440,
     "test_small": 50_473_472,
     "1b_transformer": 1_100_048_384,
     "2b_transformer": 2_109_094_400,
     "3b_transformer": 3_015_355_392,
     "4b_transformer": 4_022_012_928,
     "7b_transformer": 6_738_415_616,
+    "1b_mamba": 1_176_090_624,
+    "1b_hybrid": 936_464_384,
+    "3b_mamba_lite": 2_721_548_800,
+    "7b_mamba": 7_002_132_480,
 }
 
 
@@ -65,7 +71,7 @@ def test_flops_are_those_of_the_matrix_products():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: ModelConfig.from_preset("tini"), "unknown preset 'tini'; did you mean 'tiny'? allowed: tiny, test_small"),
+        (lambda: ModelConfig.from_preset("tini"), "unknown preset 'tini'; did you mean 'tiny'? allowed: tiny, tiny_mamba"),
         (lambda: ModelConfig.from_preset("tiny", hiden_size=3), "ModelConfig has no field 'hiden_size'; did you mean 'hidden_size'?"),
         (lambda: ModelConfig.from_dict({"num_attention_heads": 3, "hidden_size": 64}), "hidden_size = 64 is not a multiple of num_attention_heads = 3"),
         (lambda: ModelConfig(num_key_value_heads=3), "num_key_value_heads is 3, which does not divide num_attention_heads = 8"),
