@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from bench.compile.ahead_of_time import compile_launches, never_compiled
-from llmcore.kernels import apply_rotary, attention, device, rms_norm, selective_scan, swiglu
+from llmcore.kernels import apply_rotary, attention, causal_conv1d, device, rms_norm, selective_scan, swiglu
 
 ROOT = Path(__file__).parents[2]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -90,13 +90,54 @@ def launch_selective_scan(dtype, states, length, packed):
 
 def _scan_cases(everything: bool) -> Iterator[Case]:
     """Short sequences go through in one piece, long ones of few channels in segments."""
-    for name, dtype in DTYPES.items():
-        for states in (1, 8, 16, 64, 128, 256) if everything else (16, 128):
-            for length, packed in ((256, False), (8192, False), (8192, True)):
-                if everything or name == "bf16" or length == 256:
-                    call = partial(launch_selective_scan, dtype, states, length, packed)
-                    kind = "packed" if packed else "segments" if length > 256 else "short"
-                    yield f"selective_scan {name} {states} {kind}", call
+    chosen = [("bf16", 16, "short"), ("bf16", 16, "segments"), ("bf16", 16, "packed"), ("bf16", 128, "short")]
+    if everything:
+        chosen += [(name, 16, "short") for name in DTYPES]
+        chosen += [("bf16", states, "short") for states in (1, 4, 8, 32, 64, 256)]
+    for name, states, kind in dict.fromkeys(chosen):
+        length = 8192 if kind == "segments" else 256
+        call = partial(launch_selective_scan, DTYPES[name], states, length, kind == "packed")
+        yield f"selective_scan {name} {states} {kind}", call
+
+
+def launch_causal_conv1d(dtype, W, layout, documents):
+    """documents: how they are marked, and whether there are states."""
+    B, D, L = 1, 512, 1024
+    x = torch.empty(B, L, D, dtype=dtype).transpose(1, 2) if layout == "view" else torch.empty(B, D, L, dtype=dtype)
+    weight, bias = torch.empty(D, W, dtype=dtype), torch.empty(D, dtype=dtype)
+    states = torch.empty(3 if documents == "packed" else B, D, W - 1, dtype=dtype) if documents != "numbered" else None
+    offsets = torch.empty(4, dtype=torch.int32) if documents == "packed" else None
+    numbers = torch.empty(B, L, dtype=torch.int32) if documents == "numbered" else None
+    if documents == "plain":
+        states = None
+    inputs = (x, weight, bias, states, offsets, numbers, True)
+    causal_conv1d.causal_conv1d_fwd(*inputs, x, states)
+    causal_conv1d.causal_conv1d_bwd(x, states, *inputs, x, states)
+
+
+def launch_causal_conv1d_update(dtype, W, remembered):
+    x, state = torch.empty(8, 512, 1, dtype=dtype), torch.empty(8, 512, remembered, dtype=dtype)
+    weight, bias = torch.empty(512, W, dtype=dtype), torch.empty(512, dtype=dtype)
+    causal_conv1d.causal_conv1d_update(x, state, weight, bias, True, x)
+
+
+def _causal_conv1d_cases(everything: bool) -> Iterator[Case]:
+    chosen = [("bf16", 4, "view", "plain"), ("bf16", 4, "contiguous", "plain"), ("fp32", 4, "view", "packed")]
+    if everything:
+        chosen += [
+            (name, W, layout, documents)
+            for name in DTYPES
+            for W in (2, 3, 4)
+            for layout in ("view", "contiguous")
+            for documents in ("plain", "states", "packed", "numbered")
+        ]
+    for name, W, layout, documents in dict.fromkeys(chosen):
+        call = partial(launch_causal_conv1d, DTYPES[name], W, layout, documents)
+        yield f"causal_conv1d {name} {W} {layout} {documents}", call
+    for name in DTYPES if everything else ("bf16",):
+        for W, remembered in ((2, 1), (4, 3), (4, 4)) if everything else ((4, 3),):
+            call = partial(launch_causal_conv1d_update, DTYPES[name], W, remembered)
+            yield f"causal_conv1d_update {name} {W} {remembered}", call
 
 
 def _row_cases(everything: bool) -> Iterator[Case]:
@@ -114,7 +155,9 @@ def _row_cases(everything: bool) -> Iterator[Case]:
 
 
 def main(capability: int, everything: bool, only: str = "") -> None:
-    cases = [*_attention_cases(everything), *_row_cases(everything), *_scan_cases(everything)]
+    cases = [
+        *_attention_cases(everything), *_row_cases(everything), *_scan_cases(everything), *_causal_conv1d_cases(everything),
+    ]  # fmt: skip
     compiled, kernels = compile_launches(capability, device, [case for case in cases if case[0].startswith(only)])
     names = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
     modules = [importlib.import_module(f"llmcore.kernels.{name}") for name in names]

@@ -21,7 +21,7 @@ from llmcore.ops import _checks, _documents, _native
 from llmcore.ops._dispatch import Op, resolve
 from llmcore.ops._library import operator, public
 
-OP = Op("causal_conv1d", kernels=("cpu",))
+OP = Op("causal_conv1d", kernels=("triton", "cpu"))
 ACTIVATIONS = {None: False, "silu": True, "swish": True}
 WIDTHS = (2, 3, 4)
 
@@ -209,8 +209,15 @@ def _forward(
     if backend == "torch":
         _forward_torch(*inputs, silu, y, final if return_final_state else None)
         return y, final
-    view = _native.view
     offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
+    if backend == "triton":
+        from llmcore.kernels import causal_conv1d as kernel
+
+        kernel.causal_conv1d_fwd(
+            x, weight, bias, initial_state, offsets, seq_idx, silu, y, final if return_final_state else None
+        )
+        return y, final
+    view = _native.view
     _native.module(backend).causal_conv1d_fwd(
         view(x), view(weight), view(bias), view(initial_state), view(offsets), view(seq_idx), view(y),
         view(final if return_final_state else None), *x.shape, weight.shape[1], _documents.number(cu_seqlens), silu,
@@ -331,15 +338,22 @@ def _backward(
     inner = 2 if x.stride(2) == 1 else 1
     if x.stride(inner) == 1 and dy.stride(inner) != 1:
         dy = torch.empty_like(x).copy_(dy)
-    dfilter = weight.new_empty((batch, width + 1, x.shape[1]), dtype=torch.float32)
-    view = _native.view
     offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
-    _native.module(backend).causal_conv1d_bwd(
-        view(dy), view(dfinal), view(x), view(weight), view(bias), view(initial_state), view(offsets), view(seq_idx),
-        view(dx), view(dfilter), view(None if initial_state is None else dinitial), *x.shape, width,
-        _documents.number(cu_seqlens), silu,
-    )  # fmt: skip
-    sums = dfilter[0] if batch == 1 else dfilter.sum(0)
+    dstate = None if initial_state is None else dinitial
+    if backend == "triton":
+        from llmcore.kernels import causal_conv1d as kernel
+
+        dfilter = kernel.causal_conv1d_bwd(
+            dy, dfinal, x, weight, bias, initial_state, offsets, seq_idx, silu, dx, dstate
+        )
+    else:
+        dfilter = weight.new_empty((batch, width + 1, x.shape[1]), dtype=torch.float32)
+        view = _native.view
+        _native.module(backend).causal_conv1d_bwd(
+            view(dy), view(dfinal), view(x), view(weight), view(bias), view(initial_state), view(offsets),
+            view(seq_idx), view(dx), view(dfilter), view(dstate), *x.shape, width, _documents.number(cu_seqlens), silu,
+        )  # fmt: skip
+    sums = dfilter[0] if dfilter.shape[0] == 1 else dfilter.sum(0)
     dweight.copy_(sums[:width].t())
     if bias is not None:
         dbias.copy_(sums[width])
@@ -463,6 +477,11 @@ def _update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, 
     if backend == "torch" or x.numel() == 0:
         return y.copy_(update_reference(x, conv_state, weight, bias, "silu" if silu else None))
     steps, y_steps = (t if t.dim() == 3 else t[..., None] for t in (x, y))
+    if backend == "triton":
+        from llmcore.kernels import causal_conv1d as kernel
+
+        kernel.causal_conv1d_update(steps, conv_state, weight, bias, silu, y_steps)
+        return y
     view = _native.view
     _native.module(backend).causal_conv1d_update(
         view(steps), view(conv_state), view(weight), view(bias), view(y_steps), *steps.shape, conv_state.shape[2],
