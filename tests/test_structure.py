@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FLOORS = ["kernels", "ops", "nn", "models", "data", "train", "infer", "cli"]
+FLOORS = ["kernels", "ops", "compat", "nn", "models", "data", "train", "infer", "cli"]
 BELOW = {
     "kernels": set(),
     "ops": {"kernels"},
+    "compat": {"ops"},
     "nn": {"ops"},
     "data": set(),
     "models": {"nn", "ops"},

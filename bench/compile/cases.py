@@ -155,9 +155,8 @@ def _row_cases(everything: bool) -> Iterator[Case]:
 
 
 def main(capability: int, everything: bool, only: str = "") -> None:
-    cases = [
-        *_attention_cases(everything), *_row_cases(everything), *_scan_cases(everything), *_causal_conv1d_cases(everything),
-    ]  # fmt: skip
+    kinds = (_attention_cases, _row_cases, _scan_cases, _causal_conv1d_cases)
+    cases = [case for kind in kinds for case in kind(everything)]
     compiled, kernels = compile_launches(capability, device, [case for case in cases if case[0].startswith(only)])
     names = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
     modules = [importlib.import_module(f"llmcore.kernels.{name}") for name in names]
