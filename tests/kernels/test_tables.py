@@ -10,6 +10,7 @@ from llmcore.kernels import (  # noqa: E402
     attention_bwd,
     attention_fwd,
     attention_tiles,
+    causal_conv1d,
     device,
     rms_norm,
     swiglu,
@@ -29,7 +30,7 @@ def architecture(request, monkeypatch) -> str:
 
 
 def test_row_kernels(architecture):
-    for table in (rms_norm.TILES, rms_norm.PREFETCH_BYTES, swiglu.PIECES, apply_rotary.TILES):
+    for table in (rms_norm.TILES, rms_norm.PREFETCH_BYTES, swiglu.PIECES, apply_rotary.TILES, causal_conv1d.TILES):
         assert architecture in table
 
 
