@@ -13,6 +13,9 @@ or lie between the offsets of cu_seqlens, where each step looks for its own; or 
 whose begin and end are looked for as far as a filter reaches.
 """
 
+# Kernels gather a filter's taps in tuples, one by one.
+# mypy: disable-error-code=assignment
+
 import torch
 import triton
 import triton.language as tl
