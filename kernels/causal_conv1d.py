@@ -13,6 +13,9 @@ or lie between the offsets of cu_seqlens, where each step looks for its own; or 
 whose begin and end are looked for as far as a filter reaches.
 """
 
+# Kernels gather a filter's taps in tuples, one by one.
+# mypy: disable-error-code=assignment
+
 import torch
 import triton
 import triton.language as tl
@@ -21,12 +24,12 @@ from . import device
 
 # Per architecture and contiguous direction, the tile (channels, steps) of the forward and of the backward.
 TILES = {
-    "sm_90": {"channels": ((64, 32), (64, 16)), "steps": ((4, 512), (4, 256))},
-    "sm_80": {"channels": ((64, 32), (64, 16)), "steps": ((4, 512), (4, 256))},
-    "sm_86": {"channels": ((64, 32), (64, 16)), "steps": ((4, 512), (4, 256))},
+    "sm_90": {"channels": ((64, 16), (64, 4)), "steps": ((2, 512), (1, 256))},
+    "sm_80": {"channels": ((64, 16), (64, 4)), "steps": ((2, 512), (1, 256))},
+    "sm_86": {"channels": ((64, 16), (64, 4)), "steps": ((2, 512), (1, 256))},
     device.INTERPRETER: {"channels": ((64, 256), (64, 256)), "steps": ((64, 256), (64, 256))},
 }
-WARPS = 8
+WARPS = 4
 PART = 512  # steps whose gradients of the filter are one partial sum
 CHANNELS = 128  # of a program that deals with states
 

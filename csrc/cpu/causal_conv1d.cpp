@@ -50,15 +50,17 @@ class Filters {
   public:
     Filters(const View& weight, const View& bias, int64_t channels, int64_t width)
         : stride(round_up(channels, VL)), floats_((width + 1) * stride) {
-        for (int64_t k = 0; k <= width; k++) {
+        const auto fill = [&](const View& from, int64_t k, int64_t first) {
             float* const row = floats_.data() + k * stride;
-            for (int64_t d = 0; d < channels; d++) {
-                row[d] = k < width ? element(weight, d * weight.stride[0] + k * weight.stride[1])
-                         : bias    ? element(bias, d * bias.stride[0])
-                                   : 0.0f;
-            }
-            for (int64_t d = channels; d < stride; d++) row[d] = 0.0f;
-        }
+            const int64_t count = from ? channels : 0, step = from.stride[0];
+            with_element(from.dtype, [&](auto e) {
+                const auto* const p = static_cast<const decltype(e)*>(from.data) + first;
+                for (int64_t d = 0; d < count; d++) row[d] = to_float(p[d * step]);
+            });
+            for (int64_t d = count; d < stride; d++) row[d] = 0.0f;
+        };
+        for (int64_t k = 0; k < width; k++) fill(weight, k, k * weight.stride[1]);
+        fill(bias, width, 0);
     }
     const float* row(int64_t k) const { return floats_.data() + k * stride; }
 

@@ -10,6 +10,7 @@ from llmcore.kernels import (  # noqa: E402
     attention_bwd,
     attention_fwd,
     attention_tiles,
+    causal_conv1d,
     device,
     rms_norm,
     selective_scan,
@@ -30,7 +31,8 @@ def architecture(request, monkeypatch) -> str:
 
 
 def test_row_kernels(architecture):
-    for table in (rms_norm.TILES, rms_norm.PREFETCH_BYTES, swiglu.PIECES, apply_rotary.TILES, selective_scan.TILES):
+    row_kernels = (rms_norm.TILES, rms_norm.PREFETCH_BYTES, swiglu.PIECES, apply_rotary.TILES)
+    for table in (*row_kernels, causal_conv1d.TILES, selective_scan.TILES):
         assert architecture in table
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from ops.cases import DTYPES, randn
-from sessions import INTERPRETED, backends
+from sessions import INTERPRETED
 from torch.library import opcheck
 
 import llmcore
@@ -487,7 +487,3 @@ def test_bad_arguments_of_the_update(changes, error, words):
     with pytest.raises(error) as caught:
         ops.causal_conv1d_update(**update_inputs() | changes)
     assert words in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_backends_of_this_session():
-    assert backends(OP)
