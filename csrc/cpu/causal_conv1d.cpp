@@ -456,6 +456,33 @@ LLMCORE_INLINE void store_channels(const View& x, int64_t b, int64_t d, int64_t 
     });
 }
 
+// One step of states whose channels follow each other without gaps, as decoding has them: a whole block is moved at once.
+template <class T>
+void update_once(const View& x, const View& state, const View& y, const Filters& filters, int64_t batch, int64_t channels,
+                 int64_t remembered, int64_t width, bool silu_) {
+    const int64_t blocks = (channels + VL - 1) / VL;
+    parallel_for(batch * blocks, kGrain / (VL * remembered), [&](int64_t first, int64_t last) {
+        for (int64_t item = first; item < last; item++) {
+            const int64_t b = item / blocks, d = item % blocks * VL;
+            const int lanes = int(least(VL, channels - d));
+            const T* const inputs = static_cast<const T*>(x.data) + offset(x, b, d, 0);
+            T* const rows = static_cast<T*>(state.data) + offset(state, b, d, 0);
+            alignas(64) float columns[3 * VL] = {};
+            for (int64_t k = 0; k < width - 1; k++) {
+                const T* const column = rows + remembered - (width - 1) + k;
+                for (int i = 0; i < lanes; i++) columns[k * VL + i] = to_float(column[i * remembered]);
+            }
+            vf pre = fmadd(load(filters.row(width - 1) + d), load_channels(x, b, d, 0, lanes), load(filters.row(width) + d));
+            for (int64_t k = 0; k < width - 1; k++) {
+                pre = fmadd(load(filters.row(k) + d), load(columns + k * VL), pre);
+            }
+            store_channels(y, b, d, 0, silu_ ? silu(pre) : pre, lanes);
+            __builtin_memmove(rows, rows + 1, std::size_t(lanes * remembered - 1) * sizeof(T));
+            for (int i = 0; i < lanes; i++) rows[(i + 1) * remembered - 1] = inputs[i * x.stride[1]];
+        }
+    });
+}
+
 }  // namespace
 
 void causal_conv1d_fwd(View x, View weight, View bias, View initial, View cu_seqlens, View seq_idx, View y, View final,
@@ -488,6 +515,11 @@ void causal_conv1d_bwd(View dy, View dfinal, View x, View weight, View bias, Vie
 void causal_conv1d_update(View x, View state, View weight, View bias, View y, int64_t batch, int64_t channels, int64_t steps,
                           int64_t remembered, int64_t width, bool silu_) {
     const Filters filters(weight, bias, channels, width);
+    if (steps == 1 && state.stride[2] == 1 && state.stride[1] == remembered && state.dtype == x.dtype) {
+        return with_element(x.dtype, [&](auto e) {
+            update_once<decltype(e)>(x, state, y, filters, batch, channels, remembered, width, silu_);
+        });
+    }
     const int64_t blocks = (channels + VL - 1) / VL;
     parallel_for(batch * blocks, kGrain / (VL * (steps + remembered)), [&](int64_t first, int64_t last) {
         for (int64_t item = first; item < last; item++) {
