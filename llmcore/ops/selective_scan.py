@@ -48,16 +48,17 @@ def reference(
     dt = F.softplus(dt) if delta_softplus else dt
     B, C = (t.to(wide).view(t.shape[0], -1, *t.shape[-2:]) for t in (B, C))
     B, C = (t.repeat_interleave(channels // t.shape[1], 1) for t in (B, C))
-    decay = torch.exp(dt[:, :, None] * A.to(wide)[:, :, None])
-    gain = (dt * u.to(wide))[:, :, None] * B
+    decay = torch.exp(dt[..., None] * A.to(wide)[:, None])  # (B, D, L, N): a step's states lie together
+    gain = (dt * u.to(wide))[..., None] * B.transpose(2, 3)
+    C = C.transpose(2, 3).contiguous()
     ends = [length] if cu_seqlens is None else cu_seqlens.tolist()[1:]
     ys, states, t = [], [], 0
     for document, end in enumerate(ends):
         of_document = slice(None) if cu_seqlens is None else slice(document, document + 1)
-        h = gain.new_zeros(gain.shape[:3]) if initial_state is None else initial_state.to(wide)[of_document]
+        h = dt.new_zeros(u.shape[0], *A.shape) if initial_state is None else initial_state.to(wide)[of_document]
         for step in range(t, end):
-            h = decay[..., step] * h + gain[..., step]
-            ys.append((h * C[..., step]).sum(-1))
+            h = decay[:, :, step] * h + gain[:, :, step]
+            ys.append((h * C[:, :, step]).sum(-1))
         t = end
         states.append(h)
     y = torch.stack(ys, -1) if ys else u.to(wide)
