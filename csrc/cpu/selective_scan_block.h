@@ -11,7 +11,6 @@ namespace {
 
 constexpr int kChunk = 64;
 constexpr int kSlab = 16;  // states that go through the steps of a chunk together, by fours
-constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147182f;
 
 LLMCORE_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 LLMCORE_INLINE int64_t padded_states(int64_t states) { return ceil_div(states, kSlab) * kSlab; }
@@ -141,10 +140,9 @@ LLMCORE_INLINE bool step_sizes(const Place& at, vf bias, bool softplus_, float* 
     return false;
 }
 
-// exp(dt A), A2 = A log2(e): for four states at once
-LLMCORE_INLINE void decays(vf dt, const float* A2, vf (&decay)[4]) {
-    for (int i = 0; i < 4; i++) decay[i] = min(broadcast(128.0f), dt * load(A2 + i * VL));
-    exp2_fast(decay);
+// exp(dt A) for four states at once. Not 2^(dt A log2(e)): the rounding of A log2(e) would be the same in every step.
+LLMCORE_INLINE void decays(vf dt, const float* A, vf (&decay)[4]) {
+    for (int i = 0; i < 4; i++) decay[i] = exp(dt * load(A + i * VL));
 }
 
 // f(std::integral_constant<int, quads>{}) with the number of fours that hold the states from n on

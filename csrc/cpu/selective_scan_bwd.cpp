@@ -13,14 +13,14 @@ constexpr int64_t kBlock = kChunk * VL, kSlabBlock = kChunk * kSlab * VL;
 // What a thread keeps of one chunk of a block, [step][lane], and of a slab of its states, [step][state][lane].
 struct Steps {
     float dt[kBlock], raw[kBlock], u[kBlock], x[kBlock], dy[kBlock], z[kBlock], y[kBlock];
-    float gain[kBlock], ddt[kBlock];  // sums over the states of dh B, and of dh A exp(dt A) h_t-1 / ln 2
+    float gain[kBlock], ddt[kBlock];  // sums over the states of dh B, and of dh A exp(dt A) h_t-1
     float decay[kSlabBlock], before[kSlabBlock];
     float dA[kSlab * VL];
 };
 
 // h through steps [begin, end); each step's decay and the state before it are kept
 template <int kQuads, bool kOutput>
-LLMCORE_INLINE void recompute(const float* A2, const float* B, const float* C, int64_t padded, int begin, int end, float* h,
+LLMCORE_INLINE void recompute(const float* A_block, const float* B, const float* C, int64_t padded, int begin, int end, float* h,
                               Steps& s) {
     vf state[kQuads][4];
     for (int q = 0; q < kQuads; q++) {
@@ -32,7 +32,7 @@ LLMCORE_INLINE void recompute(const float* A2, const float* B, const float* C, i
         vf sum[4] = {};
         for (int q = 0; q < kQuads; q++) {
             vf decay[4];
-            decays(step, A2 + 4 * q * VL, decay);
+            decays(step, A_block + 4 * q * VL, decay);
             for (int i = 0; i < 4; i++) {
                 const int64_t at = (t * kSlab + 4 * q + i) * VL;
                 store(s.decay + at, decay[i]);
@@ -50,7 +50,7 @@ LLMCORE_INLINE void recompute(const float* A2, const float* B, const float* C, i
 
 // dh, the gradient of the states after step end - 1, back to that of the states before step begin
 template <int kQuads>
-LLMCORE_INLINE void go_back(const float* A2, const float* B, const float* C, int64_t padded, int begin, int end, float* dh,
+LLMCORE_INLINE void go_back(const float* A_block, const float* B, const float* C, int64_t padded, int begin, int end, float* dh,
                             float* dB, float* dC, Steps& s) {
     for (int t = end - 1; t >= begin; t--) {
         const vf step = load(s.dt + t * VL), input = load(s.x + t * VL), dy = load(s.dy + t * VL);
@@ -63,7 +63,7 @@ LLMCORE_INLINE void go_back(const float* A2, const float* B, const float* C, int
             const vf through = carried * before;
             store(dh + n * VL, carried);
             store(s.dA + n * VL, fmadd(through, step, load(s.dA + n * VL)));
-            slope[n % 2] = fmadd(through, load(A2 + n * VL), slope[n % 2]);
+            slope[n % 2] = fmadd(through, load(A_block + n * VL), slope[n % 2]);
             gain[n % 2] = fmadd(gradient, broadcast(b[n]), gain[n % 2]);
             of_b[n] = gradient * input;
             of_c[n] = fmadd(decay, before, input * b[n]) * dy;
@@ -96,11 +96,11 @@ struct Bwd {
         __builtin_memset(to, 0, std::size_t(padded) * VL * sizeof(float));
     }
 
-    void run_block(const Place& at, const float* b, const float* c, float* carry, float* A2, float* h, float* db, float* dc,
+    void run_block(const Place& at, const float* b, const float* c, float* carry, float* A_block, float* h, float* db, float* dc,
                    Steps& s) const {
         float *const dh = carry, *const dA_block = carry + padded * VL, *const lost = dA_block + sums();
         const vf skip = load_channels(D, at.channel, at.lanes), bias = load_channels(delta_bias, at.channel, at.lanes);
-        load_channel_states(static_cast<const float*>(A.data), at.channel, at.lanes, states, kLog2e, A2);
+        load_channel_states(static_cast<const float*>(A.data), at.channel, at.lanes, states, 1.0f, A_block);
         const float* const from = static_cast<const float*>(saved.data) +
                                   (at.batch * chunks + at.step / kChunk) * states * channels + at.channel;
         for (int64_t n = 0; n < padded; n++) store(h + n * VL, n < states ? load(from + n * channels, at.lanes) : zero());
@@ -133,16 +133,16 @@ struct Bwd {
                     const Run run = rows.run_of(at.step + t, at.step, at.steps, at.batch);
                     if (run.first) load_slab(initial, run.row, at, n, h + n * VL);
                     if (z) {
-                        recompute<quads(), true>(A2 + n * VL, b + n, c + n, padded, run.begin, run.end, h + n * VL, s);
+                        recompute<quads(), true>(A_block + n * VL, b + n, c + n, padded, run.begin, run.end, h + n * VL, s);
                     } else {
-                        recompute<quads(), false>(A2 + n * VL, b + n, c + n, padded, run.begin, run.end, h + n * VL, s);
+                        recompute<quads(), false>(A_block + n * VL, b + n, c + n, padded, run.begin, run.end, h + n * VL, s);
                     }
                     t = run.end;
                 }
                 for (int t = at.steps; t > 0;) {
                     const Run run = rows.run_of(at.step + t - 1, at.step, at.steps, at.batch);
                     if (run.last) load_slab(dinitial, run.row, at, n, dh + n * VL);
-                    go_back<quads()>(A2 + n * VL, b + n, c + n, padded, run.begin, run.end, dh + n * VL, db + n, dc + n,
+                    go_back<quads()>(A_block + n * VL, b + n, c + n, padded, run.begin, run.end, dh + n * VL, db + n, dc + n,
                                      s);
                     if (run.first) store_slab(dh + n * VL, run.row, at, n);
                     t = run.begin;
@@ -163,7 +163,7 @@ struct Bwd {
         vf dskip{}, dshift{};
         for (int t = 0; t < at.steps; t++) {
             const vf gain = load(s.gain + t * VL), input = load(s.u + t * VL), g = load(s.dy + t * VL);
-            vf slope = fmadd(gain, input, load(s.ddt + t * VL) * kLn2);
+            vf slope = fmadd(gain, input, load(s.ddt + t * VL));
             if (softplus_) slope *= sigmoid(load(s.raw + t * VL));
             store(s.u + t * VL, fmadd(gain, load(s.dt + t * VL), skip * g));
             store(s.ddt + t * VL, slope);
@@ -198,7 +198,7 @@ struct Bwd {
     void run(int64_t batch, int64_t group, int64_t share, int64_t begin, int64_t end) const {
         const int64_t per_group = channels / groups, count = end - begin, chunk_states = kChunk * padded;
         const Scratch scratch(count * carried() + 2 * padded * VL + 4 * chunk_states + int64_t(sizeof(Steps) / sizeof(float)));
-        float *const carry = scratch.data(), *const A2 = carry + count * carried(), *const h = A2 + padded * VL;
+        float *const carry = scratch.data(), *const A_block = carry + count * carried(), *const h = A_block + padded * VL;
         float *const b = h + padded * VL, *const c = b + chunk_states, *const db = c + chunk_states, *const dc = db + chunk_states;
         Steps& steps = *reinterpret_cast<Steps*>(dc + chunk_states);
         __builtin_memset(carry, 0, std::size_t(count * carried()) * sizeof(float));
@@ -212,7 +212,7 @@ struct Bwd {
             for (int64_t block = begin; block < end; block++) {
                 at.channel = group * per_group + block * VL;
                 at.lanes = at_most(per_group - block * VL, VL);
-                run_block(at, b, c, carry + (block - begin) * carried(), A2, h, db, dc, steps);
+                run_block(at, b, c, carry + (block - begin) * carried(), A_block, h, db, dc, steps);
             }
             store_states(db, dB, batch, group, share, at);
             store_states(dc, dC, batch, group, share, at);

@@ -7,7 +7,7 @@ namespace {
 
 // Steps [begin, end) of 4 * kQuads states h: y_t += sum of C_t h_t, with x = dt u
 template <int kQuads>
-LLMCORE_INLINE void advance(const float* A2, const float* dt, const float* x, const float* B, const float* C,
+LLMCORE_INLINE void advance(const float* A_block, const float* dt, const float* x, const float* B, const float* C,
                             int64_t padded, int begin, int end, float* h, float* y) {
     vf state[kQuads][4];
     for (int q = 0; q < kQuads; q++) {
@@ -19,7 +19,7 @@ LLMCORE_INLINE void advance(const float* A2, const float* dt, const float* x, co
         vf sum[4] = {};
         for (int q = 0; q < kQuads; q++) {
             vf decay[4];
-            decays(step, A2 + 4 * q * VL, decay);
+            decays(step, A_block + 4 * q * VL, decay);
             for (int i = 0; i < 4; i++) {
                 state[q][i] = fmadd(decay[i], state[q][i], input * b[4 * q + i]);
                 sum[i] = fmadd(state[q][i], broadcast(c[4 * q + i]), sum[i]);
@@ -44,14 +44,14 @@ bool selective_scan_fwd(View u, View delta, View A, View B, View C, View D, View
     bool bad = false;
     parallel_for(batch * groups * blocks, kGrain / cost, [&](int64_t begin, int64_t end) {
         const Scratch scratch(padded * (2 * VL + 2 * kChunk));
-        float *const A2 = scratch.data(), *const h = A2 + padded * VL;
+        float *const A_block = scratch.data(), *const h = A_block + padded * VL;
         float *const b = h + padded * VL, *const c = b + padded * kChunk;
         alignas(64) float dt[kChunk * VL], x[kChunk * VL], out[kChunk * VL];
         for (int64_t item = begin; item < end; item++) {
             const int64_t block = item % blocks, group = item / blocks % groups;
             Place at = {item / blocks / groups, group * per_group + block * VL, 0,
                         at_most(per_group - block * VL, VL), 0};
-            load_channel_states(static_cast<const float*>(A.data), at.channel, at.lanes, states, kLog2e, A2);
+            load_channel_states(static_cast<const float*>(A.data), at.channel, at.lanes, states, 1.0f, A_block);
             const vf skip = load_channels(D, at.channel, at.lanes), bias = load_channels(delta_bias, at.channel, at.lanes);
             __builtin_memset(h, 0, std::size_t(padded) * VL * sizeof(float));
             for (int64_t chunk = 0; chunk < chunks; chunk++) {
@@ -84,7 +84,7 @@ bool selective_scan_fwd(View u, View delta, View A, View B, View C, View D, View
                     }
                     for (int64_t n = 0; n < states; n += kSlab) {
                         with_quads(states - n, [&](auto quads) {
-                            advance<quads()>(A2 + n * VL, dt, x, b + n, c + n, padded, run.begin, run.end, h + n * VL, out);
+                            advance<quads()>(A_block + n * VL, dt, x, b + n, c + n, padded, run.begin, run.end, h + n * VL, out);
                         });
                     }
                     if (run.last) {
