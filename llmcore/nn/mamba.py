@@ -106,6 +106,8 @@ class Mamba(nn.Module):
     def forward(self, x: Tensor, state: MambaState | None = None) -> Tensor:
         """x: (B, T, C) -> (B, T, C). With a state, x are the tokens after those it has seen."""
         u, z = (t.transpose(1, 2) for t in self.in_proj(x).chunk(2, -1))
+        if state is not None and u.requires_grad:
+            raise RuntimeError("Mamba: a state cannot be differentiated; call the model under torch.no_grad().")
         u = self.conv1d(u, None if state is None else state.conv)
         steps, B, C = self.x_proj(u.transpose(1, 2)).split([self.dt_rank, self.state_size, self.state_size], -1)
         steps, bias = self.dt_proj(steps)

@@ -135,6 +135,7 @@ def selective_scan(
     small = (None if t is None else t.to(wide).contiguous() for t in (D, delta_bias, initial_state))
     D, delta_bias, initial_state = small
     inputs = (u, delta, A.to(wide).contiguous(), B, C, D, z, delta_bias, initial_state)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     y, last_state, _ = _selective_scan(*inputs, cu_seqlens, bool(delta_softplus), keep, resolve("selective_scan", u))
     return (y, last_state) if return_last_state else y

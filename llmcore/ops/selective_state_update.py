@@ -106,7 +106,8 @@ def selective_state_update(
         y, of x's shape and dtype.
 
     Raises:
-        ValueError: shapes or devices that do not fit. TypeError: a dtype that is not allowed.
+        ValueError: shapes or devices that do not fit; on the CPU also a dt that is negative or no number without
+            dt_softplus, before the state is changed. TypeError: a dtype that is not allowed.
     """
     op = "selective_state_update"
     _checks.floating(op, "state", state)
@@ -162,6 +163,13 @@ def _forward(
     dt_softplus: bool,
     backend: str,
 ) -> Tensor:
+    if not dt_softplus and dt.device.type == "cpu" and not bool(((dt if dt_bias is None else dt + dt_bias) >= 0).all()):
+        raise ValueError(
+            "selective_state_update: dt (with dt_bias) has an element that is negative or no number; allowed: at least "
+            "0, or dt_softplus=True."
+        )
+    # The dispatcher does not do this for operators in Python, and the short way does not meet it.
+    torch.autograd.graph.increment_version(state)
     y = _native.empty_like(x)
     if y.numel() == 0:
         return y

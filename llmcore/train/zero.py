@@ -60,7 +60,7 @@ class ZeroEngine(Engine):
             )
         except RuntimeError:  # of the memory, or of another rank
             raise
-        except Exception as error:
+        except Exception as error:  # its configuration's errors have no class in common
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ConfigError(f"DeepSpeed cannot use {config.deepspeed}: {reason.rstrip('.')}.") from error
         self.parallel = self.zero

@@ -53,6 +53,12 @@ def test_a_state_continues_where_it_was(cuts, width):
     assert state.conv.numel() + state.ssm.numel() == size
 
 
+def test_a_state_takes_no_gradient():
+    mamba = Mamba(16)
+    with pytest.raises(RuntimeError, match="a state cannot be differentiated; call the model under torch.no_grad"):
+        mamba(torch.randn(2, 3, 16), mamba.new_state(2))
+
+
 def test_initialisation():
     torch.manual_seed(0)
     mamba = Mamba(128, state_size=8)

@@ -185,6 +185,13 @@ def test_packed_equals_separate(backend, device, initial):
             torch.testing.assert_close(states[i : i + 1], state, rtol=1e-5, atol=1e-5)
 
 
+def test_offsets_of_any_stride(backend, device):
+    values = inputs(1, 6, 75, 5, device=device, documents=[5, 64, 6])
+    apart = values["cu_seqlens"].repeat_interleave(2)[::2]
+    assert apart.stride(0) == 2
+    check(backend, {**values, "cu_seqlens": apart})
+
+
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 50.0])
 @pytest.mark.parametrize("A", [-1e-8, -1.0, -100.0, 0.0, 1e-4])
 def test_extreme_steps_and_decays(backend, device, scale, A):

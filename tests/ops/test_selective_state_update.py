@@ -122,6 +122,16 @@ def test_steps_equal_the_scan(backend, device):
     torch.testing.assert_close(state, last, rtol=1e-5, atol=1e-5)
 
 
+def test_a_state_that_autograd_needs_is_not_changed_unseen(backend, device):
+    values = inputs(device=device)
+    weight = torch.ones_like(values["state"], requires_grad=True)
+    loss = (weight * values["state"]).sum()
+    with llmcore.backend(backend):
+        ops.selective_state_update(**values)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_opcheck(backend, device):
     values = inputs(2, (4, 8), N=16, G=2, device=device)
     softplus = values.pop("dt_softplus")
@@ -158,6 +168,11 @@ def test_compiles_to_one_graph(backend, device):
         ({"C": torch.zeros(2, 5, 4)}, ValueError, "C must be B's shape = (2, 4), but its shape is (2, 5, 4)."),
         ({"B": torch.zeros(2, 3, 4)}, ValueError, "B has 3 groups; allowed: a divisor of the 5 channels."),
         ({"x": torch.zeros(2, 5, dtype=torch.int64)}, TypeError, "x has dtype int64"),
+        (
+            {"dt": -torch.ones(2, 5), "dt_softplus": False, "dt_bias": None},
+            ValueError,
+            "dt (with dt_bias) has an element that is negative or no number",
+        ),
         ({"z": torch.zeros(2, 5, device="meta")}, ValueError, "z is on meta, but state is on cpu"),
     ],
 )
