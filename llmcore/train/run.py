@@ -135,13 +135,14 @@ def open_run(config: TrainConfig, start: Start, held: ExitStack) -> Path:
     else:
         run = _unused(Path(config.out_dir) / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
     try:
-        run.mkdir(parents=True, exist_ok=not _is_taken(run))
-        (run / "config.yaml").write_text(text, encoding="utf-8")
+        run.mkdir(parents=True, exist_ok=os.path.isdir(run) and not _is_taken(run))
+        with (run / "config.yaml").open("x", encoding="utf-8") as file:  # of two processes at once one makes the run
+            file.write(text)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"the run {run} cannot be made: {reason}; choose another --out_dir.") from error
-    held.callback(_forget, run)
     held.enter_context(_hold(run))
+    held.callback(_forget, run)
     return run
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ import yaml
 
 import train_minimal
 from llmcore.train.checkpoint import SaveError, point
+from llmcore.train.config import ConfigError, TrainConfig
 from llmcore.train.machine import out_of_memory
-from llmcore.train.run import read_log
+from llmcore.train.run import Start, open_run, read_log
 
 NOBODY = 65534
 
@@ -55,6 +57,20 @@ def test_a_run_that_cannot_begin_leaves_nothing(small: list[str], tmp_path: Path
     assert train_minimal.main(argv) == 2
     assert "holds the state of another optimizer" in capsys.readouterr().err
     assert [path.name for path in runs.iterdir()] == ["a"]
+
+
+def test_of_two_processes_at_once_one_makes_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config, run = TrainConfig(out_dir=str(tmp_path), name="a"), tmp_path / "a"
+    with ExitStack() as first:
+        assert open_run(config, Start(), first) == run
+        for exists in (True, False):  # as the second has seen it, an empty folder or none
+            with monkeypatch.context() as late, ExitStack() as second:
+                late.setattr("llmcore.train.run._is_taken", lambda _: False)
+                late.setattr("llmcore.train.run.os.path.isdir", lambda _, exists=exists: exists)
+                with pytest.raises(ConfigError, match="a cannot be made: File exists"):
+                    open_run(config, Start(), second)
+            assert [path.name for path in run.iterdir()] == ["config.yaml"]
+    assert not run.exists()
 
 
 def test_a_damaged_newest_checkpoint_is_told_of(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
