@@ -102,11 +102,11 @@ LLMCORE_INLINE void load_states(const View& x, int64_t batch, int64_t group, int
     });
 }
 
-// to[n * VL + i] = scale * from[(first + i) * states + n], zeros beyond states and lanes
-LLMCORE_INLINE void load_channel_states(const float* from, int64_t first, int lanes, int64_t states, float scale, float* to) {
+// to[n * VL + i] = from[(first + i) * states + n], zeros beyond states and lanes
+LLMCORE_INLINE void load_channel_states(const float* from, int64_t first, int lanes, int64_t states, float* to) {
     __builtin_memset(to, 0, std::size_t(padded_states(states)) * VL * sizeof(float));
     for (int i = 0; i < lanes; i++) {
-        for (int64_t n = 0; n < states; n++) to[n * VL + i] = scale * from[(first + i) * states + n];
+        for (int64_t n = 0; n < states; n++) to[n * VL + i] = from[(first + i) * states + n];
     }
 }
 

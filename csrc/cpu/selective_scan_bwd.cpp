@@ -91,16 +91,11 @@ struct Bwd {
 
     float* row_states(const View& x, int64_t row) const { return static_cast<float*>(x.data) + row * channels * states; }
 
-    void load_row(const View& x, int64_t row, const Place& at, float* to) const {
-        if (x) return load_channel_states(row_states(x, row), at.channel, at.lanes, states, 1.0f, to);
-        __builtin_memset(to, 0, std::size_t(padded) * VL * sizeof(float));
-    }
-
     void run_block(const Place& at, const float* b, const float* c, float* carry, float* A_block, float* h, float* db, float* dc,
                    Steps& s) const {
         float *const dh = carry, *const dA_block = carry + padded * VL, *const lost = dA_block + sums();
         const vf skip = load_channels(D, at.channel, at.lanes), bias = load_channels(delta_bias, at.channel, at.lanes);
-        load_channel_states(static_cast<const float*>(A.data), at.channel, at.lanes, states, 1.0f, A_block);
+        load_channel_states(static_cast<const float*>(A.data), at.channel, at.lanes, states, A_block);
         const float* const from = static_cast<const float*>(saved.data) +
                                   (at.batch * chunks + at.step / kChunk) * states * channels + at.channel;
         for (int64_t n = 0; n < padded; n++) store(h + n * VL, n < states ? load(from + n * channels, at.lanes) : zero());

@@ -51,7 +51,7 @@ bool selective_scan_fwd(View u, View delta, View A, View B, View C, View D, View
             const int64_t block = item % blocks, group = item / blocks % groups;
             Place at = {item / blocks / groups, group * per_group + block * VL, 0,
                         at_most(per_group - block * VL, VL), 0};
-            load_channel_states(static_cast<const float*>(A.data), at.channel, at.lanes, states, 1.0f, A_block);
+            load_channel_states(static_cast<const float*>(A.data), at.channel, at.lanes, states, A_block);
             const vf skip = load_channels(D, at.channel, at.lanes), bias = load_channels(delta_bias, at.channel, at.lanes);
             __builtin_memset(h, 0, std::size_t(padded) * VL * sizeof(float));
             for (int64_t chunk = 0; chunk < chunks; chunk++) {
@@ -76,8 +76,7 @@ bool selective_scan_fwd(View u, View delta, View A, View B, View C, View D, View
                     const Run run = rows.run_of(at.step + t, at.step, at.steps, at.batch);
                     if (run.first) {
                         if (initial) {
-                            load_channel_states(initial_states + run.row * channels * states, at.channel, at.lanes, states,
-                                                1.0f, h);
+                            load_channel_states(initial_states + run.row * channels * states, at.channel, at.lanes, states, h);
                         } else {
                             __builtin_memset(h, 0, std::size_t(padded) * VL * sizeof(float));
                         }
