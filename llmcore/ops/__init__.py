@@ -11,6 +11,7 @@ from llmcore.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from llmcore.ops.rms_norm import rms_norm
 from llmcore.ops.selective_scan import selective_scan
 from llmcore.ops.selective_state_update import selective_state_update
+from llmcore.ops.ssd import ssd
 from llmcore.ops.swiglu import swiglu
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "rms_norm",
     "selective_scan",
     "selective_state_update",
+    "ssd",
     "swiglu",
 ]

@@ -148,11 +148,7 @@ def _check_filter(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, activ
 def _check_seq_idx(
     seq_idx: Tensor, x: Tensor, initial_state: Tensor | None, return_final_state: bool, cu_seqlens: Tensor | None
 ) -> None:
-    _checks.is_tensor("causal_conv1d", "seq_idx", seq_idx)
-    if seq_idx.dtype != torch.int32:
-        raise TypeError(f"causal_conv1d: seq_idx has dtype {_checks.name_of(seq_idx.dtype)}; allowed: int32.")
-    _checks.shape("causal_conv1d", "seq_idx", seq_idx, "(B, L)", (x.shape[0], x.shape[2]))
-    _checks.like("causal_conv1d", "seq_idx", seq_idx, "x", x, dtype=False)
+    _documents.check_numbers("causal_conv1d", seq_idx, x, (x.shape[0], x.shape[2]))
     for name, given in (
         ("initial_state", initial_state is not None),
         ("return_final_state", return_final_state),
