@@ -84,8 +84,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("sdist")
     done = run(BUILD, "build_sdist", directory)
     assert done.returncode == 0, done.stderr
+    safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python's first 3.10 and 3.11 lack it
     with tarfile.open(directory / done.stdout.split()[-1]) as archive:
-        archive.extractall(directory, filter="data")
+        archive.extractall(directory, **safely)
     return next(path for path in directory.iterdir() if path.is_dir())
 
 

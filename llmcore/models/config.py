@@ -13,7 +13,7 @@ def _suggest(given: str, allowed: list[str]) -> str:
     return f"did you mean {close[0]!r}? " if close else ""
 
 
-MIXERS = ("attention", "mamba")
+MIXERS = ("attention", "mamba", "mamba2")
 
 
 @dataclass
@@ -27,10 +27,13 @@ class ModelConfig:
     rms_norm_eps: added to the mean of squares. tie_word_embeddings: the output layer is the embedding's weight.
     initializer_range: standard deviation of the initial weights.
     dropout: probability with which training zeroes an element of the embedding's, an attention's or an MLP's output.
-    layer_pattern: what the layers mix time with, "attention" or "mamba", repeated over the layers.
-    mamba_state_size: N. mamba_expand: channels inside, as a multiple of the width. mamba_conv_width: W, 2 to 4.
-    mamba_dt_rank: width of the steps' projection; ceil(hidden_size / 16) when None.
+    layer_pattern: what the layers mix time with, "attention", "mamba" or "mamba2", repeated over the layers.
+    mamba_expand: channels inside, as a multiple of the width. mamba_conv_width: W, 2 to 4.
     mamba_feed_forward: whether Mamba layers have the feed-forward too, as Jamba's do; Mamba's own have none.
+    mamba_state_size: N of Mamba. mamba_dt_rank: width of its steps' projection; ceil(hidden_size / 16) when None.
+    mamba2_state_size: N of Mamba-2. mamba2_head_dim: P, divides the channels inside. mamba2_num_groups: G of heads that
+    share B and C, divides the heads. mamba2_norm_groups: parts that its norm takes apart; mamba2_num_groups when None.
+    mamba2_step_limit: least and greatest step; none when None.
     """
 
     vocab_size: int = 32000
@@ -47,11 +50,16 @@ class ModelConfig:
     initializer_range: float = 0.02
     dropout: float = 0.0
     layer_pattern: list[str] = field(default_factory=lambda: ["attention"])
-    mamba_state_size: int = 16
     mamba_expand: int = 2
     mamba_conv_width: int = 4
-    mamba_dt_rank: int | None = None
     mamba_feed_forward: bool = False
+    mamba_state_size: int = 16
+    mamba_dt_rank: int | None = None
+    mamba2_state_size: int = 128
+    mamba2_head_dim: int = 64
+    mamba2_num_groups: int = 1
+    mamba2_norm_groups: int | None = None
+    mamba2_step_limit: list[float] | None = None
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
@@ -89,19 +97,47 @@ class ModelConfig:
     def _check_layers(self) -> None:
         pattern = self.layer_pattern
         if not isinstance(pattern, list | tuple) or not pattern or not set(pattern) <= set(MIXERS):
-            raise ValueError(f"ModelConfig: layer_pattern is {pattern!r}; allowed: a list of {' and '.join(MIXERS)}.")
+            raise ValueError(f"ModelConfig: layer_pattern is {pattern!r}; allowed: a list of {', '.join(MIXERS)}.")
         self.layer_pattern = list(pattern)
         for name, value, low, high in (
             ("mamba_conv_width", self.mamba_conv_width, 2, 4),
             ("mamba_state_size", self.mamba_state_size, 1, 256),
+            ("mamba2_state_size", self.mamba2_state_size, 1, 256),
+            ("mamba2_head_dim", self.mamba2_head_dim, 1, 256),
         ):
             if not low <= value <= high:
                 raise ValueError(f"ModelConfig: {name} is {value}; allowed: {low} to {high}.")
         if self.mamba_dt_rank is None:
             self.mamba_dt_rank = -(-self.hidden_size // 16)
+        if self.mamba2_norm_groups is None:
+            self.mamba2_norm_groups = self.mamba2_num_groups
+        if "mamba2" in pattern:
+            self._check_mamba2()
+
+    def _check_mamba2(self) -> None:
+        inner, limit = self.mamba_expand * self.hidden_size, self.mamba2_step_limit
+        if inner % self.mamba2_head_dim:
+            raise ValueError(
+                f"ModelConfig: mamba2_head_dim is {self.mamba2_head_dim}; allowed: a divisor of mamba_expand * "
+                f"hidden_size = {inner}."
+            )
+        for name, value, whole, of in (
+            ("mamba2_num_groups", self.mamba2_num_groups, inner // self.mamba2_head_dim, "heads"),
+            ("mamba2_norm_groups", self.mamba2_norm_groups or 1, inner, "channels inside"),
+        ):
+            if whole % value:
+                raise ValueError(f"ModelConfig: {name} is {value}; allowed: a divisor of the {whole} {of}.")
+        if limit is not None:
+            numbers = isinstance(limit, list | tuple) and all(isinstance(x, int | float) for x in limit)
+            if not numbers or len(limit) != 2 or not 0 <= limit[0] <= limit[1]:
+                raise ValueError(
+                    f"ModelConfig: mamba2_step_limit is {limit!r}; allowed: none, or two numbers that rise from at "
+                    "least 0."
+                )
+            self.mamba2_step_limit = [float(x) for x in limit]
 
     def mixer(self, layer: int) -> str:
-        """What layer number `layer` mixes time with: attention or mamba."""
+        """What layer number `layer` mixes time with: attention, mamba or mamba2."""
         return self.layer_pattern[layer % len(self.layer_pattern)]
 
     def has_feed_forward(self, layer: int) -> bool:
@@ -136,17 +172,24 @@ class ModelConfig:
 
     def flops_per_token(self, sequence_length: int, training: bool = True) -> float:
         """Model FLOPs per token: 2 per weight of a matrix product and of a convolution; causal attention's two products
-        with (sequence_length + 1) / 2 keys on average; 7 per state of a scan. Three times that with the backward
-        (recomputation not counted)."""
+        with (sequence_length + 1) / 2 keys on average; of a scan 7 per state, as its recurrence has them. Three times
+        that with the backward (recomputation not counted)."""
         total = 2.0 * self.vocab_size * self.hidden_size
         for i in range(self.num_hidden_layers):
             total += 2 * self._matrices(i)
             if self.mixer(i) == "attention":
                 total += 2 * self.num_attention_heads * (self.head_dim or 0) * (sequence_length + 1)
-            else:
-                inner = self.mamba_expand * self.hidden_size
-                total += inner * (2 * self.mamba_conv_width + 7 * self.mamba_state_size)
+                continue
+            inner, filtered, states = self._mamba_widths(i)
+            total += 2 * self.mamba_conv_width * filtered + 7 * inner * states
         return (3 if training else 1) * total
+
+    def _mamba_widths(self, layer: int) -> tuple[int, int, int]:
+        """Of a layer of Mamba: channels inside, channels that the convolution filters, states of each."""
+        inner = self.mamba_expand * self.hidden_size
+        if self.mixer(layer) == "mamba":
+            return inner, inner, self.mamba_state_size
+        return inner, inner + 2 * self.mamba2_num_groups * self.mamba2_state_size, self.mamba2_state_size
 
     def _matrices(self, layer: int) -> int:
         """Weights of a layer's matrix products."""
@@ -155,12 +198,18 @@ class ModelConfig:
         feed_forward = 3 * C * self.intermediate_size if self.has_feed_forward(layer) else 0
         if self.mixer(layer) == "attention":
             return C * D * (2 * H + 2 * K) + feed_forward
-        inner, rank = self.mamba_expand * C, self.mamba_dt_rank or 0
-        return inner * (3 * C + 2 * rank + 2 * self.mamba_state_size) + feed_forward
+        inner, filtered, states = self._mamba_widths(layer)
+        if self.mixer(layer) == "mamba":
+            return inner * (3 * C + 2 * (self.mamba_dt_rank or 0) + 2 * states) + feed_forward
+        return C * (2 * inner + filtered + inner // self.mamba2_head_dim) + feed_forward
 
     def _vectors(self, layer: int) -> int:
         """A layer's other parameters: norms, and Mamba's filters, biases, A and D."""
         norms = self.hidden_size * (2 if self.has_feed_forward(layer) else 1)
         if self.mixer(layer) == "attention":
             return norms
-        return norms + self.mamba_expand * self.hidden_size * (self.mamba_conv_width + self.mamba_state_size + 3)
+        inner, filtered, states = self._mamba_widths(layer)
+        filters = filtered * (self.mamba_conv_width + 1)
+        if self.mixer(layer) == "mamba":
+            return norms + filters + inner * (states + 2)
+        return norms + filters + inner + 3 * (inner // self.mamba2_head_dim)

@@ -1,6 +1,7 @@
 """Decoder: a causal language model of attention and Mamba layers by a pattern, with Llama's parameter names.
 
-Touvron et al., "LLaMA", 2023 (arXiv:2302.13971); Gu and Dao, "Mamba", 2023 (arXiv:2312.00752). Each block:
+Touvron et al., "LLaMA", 2023 (arXiv:2302.13971); Gu and Dao, "Mamba", 2023 (arXiv:2312.00752); Dao and Gu, Mamba-2's
+"Transformers are SSMs", 2024 (arXiv:2405.21060). Each block:
     x = x + mixer(rms_norm(x))      x = x + swiglu(rms_norm(x)), which a layer of Mamba alone has not
 The additions run inside the next norm: a block hands on its last output and the residual stream, still apart.
 Training can drop elements (Srivastava et al., "Dropout", 2014) of the embedding's output and of what each attention and
@@ -9,6 +10,7 @@ swiglu adds to the stream, as GPT-2 does (Radford et al., 2019), which drops att
 B batch, T time, C hidden size, V vocabulary.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from llmcore.models.cache import Cache
 from llmcore.models.config import ModelConfig
 from llmcore.models.generation import generate_tokens
-from llmcore.nn import Attention, KVCache, Mamba, RMSNorm, RotaryEmbedding, SwiGLU
+from llmcore.nn import Attention, KVCache, Mamba, Mamba2, RMSNorm, RotaryEmbedding, SwiGLU
 
 
 def _outside(tokens: Tensor, vocab_size: int) -> int:
@@ -40,16 +42,28 @@ class DecoderOutput:
     loss: Tensor | None = None
 
 
+def _mamba(c: ModelConfig) -> Mamba:
+    return Mamba(c.hidden_size, c.mamba_state_size, c.mamba_conv_width, c.mamba_expand, c.mamba_dt_rank)
+
+
+def _mamba2(c: ModelConfig) -> Mamba2:
+    low, high = c.mamba2_step_limit or (0.0, math.inf)
+    return Mamba2(
+        c.hidden_size, c.mamba2_state_size, c.mamba_conv_width, c.mamba_expand, c.mamba2_head_dim, c.mamba2_num_groups,
+        (low, high), c.rms_norm_eps, c.mamba2_norm_groups,
+    )  # fmt: skip
+
+
 class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         C = config.hidden_size
-        self.is_mamba, self.dropout = config.mixer(layer) == "mamba", config.dropout
-        self.number = sum(config.mixer(i) == config.mixer(layer) for i in range(layer))  # among the layers of its kind
+        kind, self.dropout = config.mixer(layer), config.dropout
+        self.is_mamba = kind != "attention"
+        # among the layers that keep the same of the past
+        self.number = sum((config.mixer(i) != "attention") == self.is_mamba for i in range(layer))
         if self.is_mamba:
-            self.mixer = Mamba(
-                C, config.mamba_state_size, config.mamba_conv_width, config.mamba_expand, config.mamba_dt_rank
-            )
+            self.mixer = _mamba(config) if kind == "mamba" else _mamba2(config)
         else:
             self.self_attn = Attention(
                 C, config.num_attention_heads, config.num_key_value_heads, config.head_dim, layer=self.number
@@ -124,7 +138,7 @@ class Decoder(nn.Module):
 
     def reset_parameters(self) -> None:
         """Normal weights of standard deviation initializer_range, norms at one; Mamba mixers as in their paper."""
-        mixers = [module for module in self.modules() if isinstance(module, Mamba)]
+        mixers = [module for module in self.modules() if isinstance(module, Mamba | Mamba2)]
         for mixer in mixers:
             mixer.reset_parameters(self.config.num_hidden_layers)
         inside = {module for mixer in mixers for module in mixer.modules()}
@@ -234,7 +248,7 @@ class Decoder(nn.Module):
             attention, batch_size, max_length, c.num_key_value_heads, c.head_dim, dtype=dtype or weight.dtype,
             device=weight.device,
         )  # fmt: skip
-        mixers = [module for module in self.modules() if isinstance(module, Mamba)]
+        mixers = [module for module in self.modules() if isinstance(module, Mamba | Mamba2)]
         return Cache(kv, [mixer.new_state(batch_size, dtype) for mixer in mixers])
 
     def generate(

@@ -8,10 +8,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         vocab_size=256, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
         max_position_embeddings=1024, tie_word_embeddings=False,
     ),
-    # Of tiny's size: Mamba alone, and two Mamba layers before each one of attention.
+    # Of tiny's size: Mamba alone, Mamba-2 alone, and two Mamba layers before each one of attention.
     "tiny_mamba": dict(
         vocab_size=256, hidden_size=128, num_hidden_layers=7, num_attention_heads=4, max_position_embeddings=1024,
         layer_pattern=["mamba"],
+    ),
+    "tiny_mamba2": dict(
+        vocab_size=256, hidden_size=128, num_hidden_layers=7, num_attention_heads=4, max_position_embeddings=1024,
+        layer_pattern=["mamba2"], mamba2_state_size=64, mamba2_head_dim=32,
     ),
     "tiny_hybrid": dict(
         vocab_size=256, hidden_size=128, intermediate_size=320, num_hidden_layers=6, num_attention_heads=4,
@@ -44,6 +48,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "1b_mamba": dict(
         vocab_size=32000, hidden_size=2048, num_hidden_layers=42, num_attention_heads=32, max_position_embeddings=8192,
         layer_pattern=["mamba"], tie_word_embeddings=True,
+    ),
+    "1b_mamba2": dict(
+        vocab_size=32000, hidden_size=2048, num_hidden_layers=42, num_attention_heads=32, max_position_embeddings=8192,
+        layer_pattern=["mamba2"], tie_word_embeddings=True,
     ),
     "1b_hybrid": dict(
         vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=28, num_attention_heads=32,

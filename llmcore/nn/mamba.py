@@ -11,7 +11,7 @@ from llmcore import ops
 
 class MambaState:
     """What a Mamba layer keeps of the tokens so far: the convolution's last inputs (B, D, W - 1), and the state of the
-    recurrence (B, D, N), float32. Its size does not grow with the sequence."""
+    recurrence, (B, D, N) or Mamba-2's (B, H, P, N), float32. Its size does not grow with the sequence."""
 
     def __init__(self, conv: Tensor, ssm: Tensor) -> None:
         self.conv, self.ssm = conv, ssm
@@ -60,6 +60,13 @@ class StepProjection(nn.Linear):
         return F.linear(x, self.weight), self.bias
 
 
+def initial_step_bias(bias: Tensor) -> None:
+    """Makes softplus(bias) log-uniform in [0.001, 0.1]."""
+    with torch.no_grad():
+        step = torch.exp(torch.empty_like(bias).uniform_(math.log(1e-3), math.log(0.1)))
+        bias.copy_(step + torch.log(-torch.expm1(-step)))  # softplus's inverse
+
+
 class Mamba(nn.Module):
     """Mamba's mixer (Gu and Dao, 2023, arXiv:2312.00752), with the parameter names of the state-spaces package.
 
@@ -97,8 +104,7 @@ class Mamba(nn.Module):
             self.out_proj.weight /= math.sqrt(residual_layers)
             bound = self.dt_rank**-0.5
             nn.init.uniform_(self.dt_proj.weight, -bound, bound)
-            step = torch.exp(torch.empty_like(self.dt_proj.bias).uniform_(math.log(1e-3), math.log(0.1)))
-            self.dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))  # softplus's inverse
+            initial_step_bias(self.dt_proj.bias)
             states = torch.arange(1, self.state_size + 1, dtype=torch.float32, device=self.A_log.device)
             self.A_log.copy_(torch.log(states).expand_as(self.A_log))
             self.D.fill_(1.0)

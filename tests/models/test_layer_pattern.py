@@ -1,4 +1,4 @@
-"""Decoders whose layers follow a pattern: Mamba alone, and Mamba between attention."""
+"""Decoders whose layers follow a pattern: Mamba or Mamba-2 alone, and between attention."""
 
 import pytest
 import torch
@@ -10,12 +10,26 @@ from llmcore.nn import Mamba
 from llmcore.train.config import OptimizerConfig
 from llmcore.train.optimizer import build_optimizer
 
-SMALL = dict(hidden_size=32, intermediate_size=48, num_attention_heads=2, mamba_state_size=4)
+SMALL = dict(
+    hidden_size=32, intermediate_size=48, num_attention_heads=2, mamba_state_size=4, mamba2_state_size=6,
+    mamba2_head_dim=8,
+)  # fmt: skip
 KINDS = [
     pytest.param({**SMALL, "layer_pattern": ["mamba"], "num_hidden_layers": 2}, id="mamba"),
     pytest.param(
         {**SMALL, "layer_pattern": ["mamba", "attention"], "num_hidden_layers": 5, "mamba_feed_forward": True},
         id="hybrid",
+    ),
+    pytest.param({**SMALL, "layer_pattern": ["mamba2"], "num_hidden_layers": 2, "mamba2_num_groups": 2}, id="mamba2"),
+    pytest.param(
+        {
+            **SMALL,
+            "layer_pattern": ["mamba", "attention", "mamba2"],
+            "num_hidden_layers": 4,
+            "mamba2_step_limit": [0.01, 0.5],
+            "mamba2_norm_groups": 4,
+        },
+        id="all three",
     ),
 ]
 
@@ -109,23 +123,36 @@ def test_layers_of_a_pattern():
     [
         (
             {"layer_pattern": ["mamba", "lstm"]},
-            "layer_pattern is ['mamba', 'lstm']; allowed: a list of attention and mamba.",
+            "layer_pattern is ['mamba', 'lstm']; allowed: a list of attention, mamba, mamba2.",
         ),
-        ({"layer_pattern": []}, "layer_pattern is []; allowed: a list of attention and mamba."),
+        ({"layer_pattern": []}, "layer_pattern is []; allowed: a list of attention, mamba, mamba2."),
         ({"layer_pattern": "mamba"}, "layer_pattern is 'mamba'; allowed: a list"),
         ({"mamba_conv_width": 5}, "mamba_conv_width is 5; allowed: 2 to 4."),
         ({"mamba_state_size": 300}, "mamba_state_size is 300; allowed: 1 to 256."),
+        ({"mamba2_state_size": 300}, "mamba2_state_size is 300; allowed: 1 to 256."),
+        ({"layer_pattern": ["mamba2"], "hidden_size": 80}, "mamba2_head_dim is 64; allowed: a divisor of mamba_expand * hidden_size = 160."),
+        ({"layer_pattern": ["mamba2"], "mamba2_num_groups": 3}, "mamba2_num_groups is 3; allowed: a divisor of the 16 heads."),
+        ({"layer_pattern": ["mamba2"], "mamba2_norm_groups": 3}, "mamba2_norm_groups is 3; allowed: a divisor of the 1024 channels inside."),
+        ({"layer_pattern": ["mamba2"], "mamba2_step_limit": [0.5, 0.1]}, "mamba2_step_limit is [0.5, 0.1]; allowed: none, or two numbers that rise from at least 0."),
         ({"mamba_expand": 0}, "mamba_expand is 0; allowed: whole numbers from 1."),
         ({"mamba_feed_forward": 1}, "mamba_feed_forward is 1; allowed: true, false."),
     ],
-)
+)  # fmt: skip
 def test_bad_patterns(changes, words):
     with pytest.raises(ValueError) as error:
         ModelConfig(**changes)
     assert words in str(error.value)
 
 
-@pytest.mark.parametrize("preset", ["tiny_mamba", "tiny_hybrid"])
+def test_a_mamba2_decays_nothing_of_its_recurrence():
+    model = model_of(KINDS[2].values[0])
+    names = {id(p): name for name, p in model.named_parameters()}
+    _, rest = build_optimizer(model, OptimizerConfig()).param_groups
+    spared = {names[id(p)].rsplit(".", 1)[-1] for p in rest["params"]}
+    assert spared == {"A_log", "D", "dt_bias", "bias", "weight"}
+
+
+@pytest.mark.parametrize("preset", ["tiny_mamba", "tiny_mamba2", "tiny_hybrid"])
 def test_train_minimal(preset, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("a b c d e f g\n" * 600)
     argv = ["--preset", preset, "--data.train", str(tmp_path / "text.txt"), "--out_dir", str(tmp_path), "--name", "a"]

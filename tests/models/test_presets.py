@@ -6,6 +6,7 @@ from llmcore.models import PRESETS, ModelConfig, build
 PARAMETERS = {
     "tiny": 918_656,
     "tiny_mamba": 881_920,
+    "tiny_mamba2": 891_944,
     "tiny_hybrid": 909_440,
     "test_small": 50_473_472,
     "1b_transformer": 1_100_048_384,
@@ -14,6 +15,7 @@ PARAMETERS = {
     "4b_transformer": 4_022_012_928,
     "7b_transformer": 6_738_415_616,
     "1b_mamba": 1_176_090_624,
+    "1b_mamba2": 1_151_207_808,
     "1b_hybrid": 936_464_384,
     "3b_mamba_lite": 2_721_548_800,
     "7b_mamba": 7_002_132_480,
