@@ -9,13 +9,22 @@ from ops.cases import randn
 
 from llmcore import ops
 from llmcore.compat import causal_conv1d, mamba_ssm
-from llmcore.nn import Mamba
+from llmcore.nn import GatedRMSNorm, Mamba, Mamba2
 
 SIGNATURES = {
     causal_conv1d.causal_conv1d_fn: "x weight bias seq_idx initial_states return_final_states final_states_out activation",
     causal_conv1d.causal_conv1d_update: "x conv_state weight bias activation cache_seqlens conv_state_indices",
     mamba_ssm.selective_scan_fn: "u delta A B C D z delta_bias delta_softplus return_last_state",
     mamba_ssm.selective_state_update: "state x dt A B C D z dt_bias dt_softplus state_batch_indices",
+    mamba_ssm.mamba_chunk_scan_combined: (
+        "x dt A B C chunk_size D z dt_bias initial_states seq_idx cu_seqlens dt_softplus dt_limit return_final_states "
+        "return_varlen_states state_dtype"
+    ),
+    mamba_ssm.mamba_split_conv1d_scan_combined: (
+        "zxbcdt conv1d_weight conv1d_bias dt_bias A D chunk_size initial_states seq_idx dt_limit return_final_states "
+        "activation rmsnorm_weight rmsnorm_eps outproj_weight outproj_bias headdim ngroups norm_before_gate state_dtype"
+    ),
+    mamba_ssm.rmsnorm_fn: "x weight bias z eps group_size norm_before_gate",
     mamba_ssm.mamba_inner_fn: (
         "xz conv1d_weight conv1d_bias x_proj_weight delta_proj_weight out_proj_weight out_proj_bias A B C D delta_bias "
         "B_proj_bias C_proj_bias delta_softplus checkpoint_lvl b_rms_weight c_rms_weight dt_rms_weight b_c_dt_rms_eps"
@@ -94,3 +103,59 @@ def test_inner_path_equals_the_module():
         u, mamba.dt_proj.weight @ dt, A, B, C, mamba.D, xz[:, 48:], mamba.dt_proj.bias, True
     )
     torch.testing.assert_close(normed, mamba.out_proj(expected.transpose(1, 2)), rtol=1e-4, atol=1e-5)
+
+
+def ssd_arguments():
+    x, dt = randn(1, 20, 4, 5, grad=False), randn(1, 20, 4, grad=False)
+    B, C = (randn(1, 20, 2, 3, grad=False, seed=seed) for seed in (1, 2))
+    return x, dt, -torch.rand(4), B, C
+
+
+def test_chunk_scan():
+    tensors, D, z = ssd_arguments(), randn(4, 5, grad=False), randn(1, 20, 4, 5, grad=False, seed=3)
+    start, numbers = randn(1, 4, 5, 3, grad=False), torch.tensor([[0] * 7 + [1] * 13])
+    arguments = (*tensors, 8, D, z, None, start, numbers, None, True, (0.1, 1.0), True)
+    y, last = mamba_ssm.mamba_chunk_scan_combined(*arguments)
+    keywords = dict(D=D, z=z, initial_states=start, dt_softplus=True, dt_limit=(0.1, 1.0), return_final_states=True)
+    expected = ops.ssd.reference(*tensors, **keywords, seq_idx=numbers.int())
+    torch.testing.assert_close((y, last), expected)
+    assert torch.equal(mamba_ssm.mamba_chunk_scan_combined(*arguments[:-1]), y)
+    offsets = torch.tensor([0, 7, 20])
+    y, last, states = mamba_ssm.mamba_chunk_scan_combined(*arguments[:11], offsets, *arguments[12:], True)
+    torch.testing.assert_close((y, last), expected)
+    torch.testing.assert_close(states[1:], last)
+    early = tuple(t if t.dim() == 1 else t[:, :7] for t in tensors)
+    torch.testing.assert_close(states[:1], ops.ssd.reference(*early, **keywords | {"z": z[:, :7]})[1])
+    with pytest.raises(ValueError, match="return_varlen_states asks for cu_seqlens, which is None."):
+        mamba_ssm.mamba_chunk_scan_combined(*tensors, 8, return_varlen_states=True)
+    with pytest.raises(TypeError, match="state_dtype is torch.bfloat16; allowed: None, torch.float32."):
+        mamba_ssm.mamba_chunk_scan_combined(*tensors, 8, state_dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("norm_before_gate", [False, True])
+def test_the_combined_path_equals_the_module(norm_before_gate):
+    torch.manual_seed(0)
+    mamba, x = Mamba2(24, state_size=4, head_dim=8, num_groups=2), torch.randn(2, 9, 24)
+    mamba.norm.norm_before_gate = norm_before_gate
+    weight, norm = mamba.conv1d.weight.squeeze(1), mamba.norm.weight
+    y = mamba_ssm.mamba_split_conv1d_scan_combined(
+        mamba.in_proj(x), weight, mamba.conv1d.bias, mamba.dt_bias, -mamba.A_log.exp(), mamba.D, 4, headdim=8, ngroups=2,
+        rmsnorm_weight=norm, rmsnorm_eps=1e-5, outproj_weight=mamba.out_proj.weight, norm_before_gate=norm_before_gate,
+    )  # fmt: skip
+    if not norm_before_gate:
+        torch.testing.assert_close(y, mamba(x))
+    assert y.shape == x.shape
+    with pytest.raises(ValueError, match="D of shape .* asks for headdim, which is None."):
+        mamba_ssm.mamba_split_conv1d_scan_combined(
+            mamba.in_proj(x), weight, None, mamba.dt_bias, -mamba.A_log.exp(), mamba.D, 4
+        )
+
+
+def test_rmsnorm():
+    x, z, weight, bias = (randn(*shape, grad=False, seed=3) for shape in ((3, 12), (3, 12), (12,), (12,)))
+    for groups, before in ((1, True), (3, False), (3, True)):
+        norm = GatedRMSNorm(12, 1e-6, groups, before)
+        norm.weight.data = weight
+        y = mamba_ssm.rmsnorm_fn(x, weight, None, z, group_size=12 // groups, norm_before_gate=before)
+        torch.testing.assert_close(y, norm(x, z))
+    torch.testing.assert_close(mamba_ssm.rmsnorm_fn(x, weight, bias), ops.rms_norm(x, weight) + bias)
