@@ -48,17 +48,18 @@ def reference(
     dt = F.softplus(dt) if delta_softplus else dt
     B, C = (t.to(wide).view(t.shape[0], -1, *t.shape[-2:]) for t in (B, C))
     B, C = (t.repeat_interleave(channels // t.shape[1], 1) for t in (B, C))
-    decay = torch.exp(dt[..., None] * A.to(wide)[:, None])  # (B, D, L, N): a step's states lie together
-    gain = (dt * u.to(wide))[..., None] * B.transpose(2, 3)
-    C = C.transpose(2, 3).contiguous()
+    # For each step (B, D, N). An indexed step would have a gradient of the size of all.
+    decays = torch.exp(dt.permute(2, 0, 1)[..., None] * A.to(wide)).unbind()
+    gains = ((dt * u.to(wide)).permute(2, 0, 1)[..., None] * B.permute(3, 0, 1, 2)).unbind()
+    outputs = C.permute(3, 0, 1, 2).contiguous().unbind()
     ends = [length] if cu_seqlens is None else cu_seqlens.tolist()[1:]
     ys, states, t = [], [], 0
     for document, end in enumerate(ends):
         of_document = slice(None) if cu_seqlens is None else slice(document, document + 1)
         h = dt.new_zeros(u.shape[0], *A.shape) if initial_state is None else initial_state.to(wide)[of_document]
         for step in range(t, end):
-            h = decay[:, :, step] * h + gain[:, :, step]
-            ys.append((h * C[:, :, step]).sum(-1))
+            h = decays[step] * h + gains[step]
+            ys.append((h * outputs[step]).sum(-1))
         t = end
         states.append(h)
     y = torch.stack(ys, -1) if ys else u.to(wide)

@@ -57,8 +57,10 @@ def reference(
     step = dt.to(wide) if dt_bias is None else dt.to(wide) + dt_bias.to(wide)
     step = (F.softplus(step) if dt_softplus else step).clamp(*dt_limit)
     B, C = (t.to(wide).repeat_interleave(heads // t.shape[2], 2) for t in (B, C))
-    decay = torch.exp(step * A.to(wide))[..., None, None]
-    gain = step[..., None] * x_wide
+    # [row][t], (H, P, N) each. An indexed step would have a gradient of the size of all.
+    decays = [row.unbind() for row in torch.exp(step * A.to(wide))[..., None, None].unbind()]
+    gains = [row.unbind() for row in (step[..., None] * x_wide)[..., None].unbind()]
+    Bs, Cs = ([row.unbind() for row in t[:, :, :, None].unbind()] for t in (B, C))
     ys = torch.zeros_like(x_wide) if D is None else D.to(wide).reshape(heads, -1) * x_wide
     if initial_states is None:
         finals = list(x_wide.new_zeros(batch if cu_seqlens is None else len(cu_seqlens) - 1, *x.shape[2:], B.shape[3]))
@@ -68,8 +70,8 @@ def reference(
     for row, first, end, initial, final in _documents.table(x, cu_seqlens, seq_idx).tolist():
         h = torch.zeros_like(finals[0]) if initial < 0 else finals[initial]
         for t in range(first, end):
-            h = decay[row, t] * h + gain[row, t, :, :, None] * B[row, t, :, None]
-            rows[row].append((h * C[row, t, :, None]).sum(-1))
+            h = decays[row][t] * h + gains[row][t] * Bs[row][t]
+            rows[row].append((h * Cs[row][t]).sum(-1))
         if final >= 0:
             finals[final] = h
     y = ys + torch.stack([torch.stack(row) for row in rows]) if length and batch else ys

@@ -208,6 +208,8 @@ def test_extreme_steps_and_decays(backend, device, scale, A):
 
 @pytest.mark.skipif(INTERPRETED, reason="hours in the interpreter")
 def test_a_long_sequence(backend, device):
+    if backend == "torch":
+        pytest.skip("a minute of single steps in the reference; the kernels are held against it")
     check(backend, inputs(1, 32768, 1, 2, 3, device=device))
 
 
