@@ -12,10 +12,15 @@ from safetensors.torch import load_file, save_file
 
 from llmcore import models
 from llmcore.models import ModelConfig, build, files
-from llmcore.models.foreign import hugging_face, state_spaces
+from llmcore.models.foreign import hugging_face
 
 SIZES = dict(vocab_size=96, hidden_size=40, num_hidden_layers=3, state_size=5, eos_token_id=7, pad_token_id=None)
 ODD = dict(SIZES, conv_kernel=3, expand=3, time_step_rank=7, layer_norm_epsilon=1e-4, tie_word_embeddings=False)
+# Two kinds of Mamba-2: two groups of heads in chunks that do not fit the sequence, and steps that are clamped.
+TWO = dict(SIZES, num_heads=8, head_dim=10, n_groups=2, chunk_size=16)
+LIMITED = dict(
+    TWO, n_groups=1, time_step_limit=(0.01, 0.5), conv_kernel=3, expand=3, head_dim=15, tie_word_embeddings=True
+)
 TOKENS = torch.arange(66).view(2, 33)
 OURS = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, layer_pattern=["mamba"])
 
@@ -23,7 +28,11 @@ OURS = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_he
 def theirs(seed=0, **changes):
     """transformers' model with random weights, of which none has the value or the size it starts from."""
     torch.manual_seed(seed)
-    model = transformers.MambaForCausalLM(transformers.MambaConfig(**{**SIZES, **changes})).eval()
+    changes = {**SIZES, **changes}
+    if "num_heads" in changes:
+        model = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**changes)).eval()
+    else:
+        model = transformers.MambaForCausalLM(transformers.MambaConfig(**changes)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("A_log", ".D", "bias", "norm.weight", "norm_f.weight")):
@@ -33,13 +42,19 @@ def theirs(seed=0, **changes):
     return model
 
 
-def as_state_spaces(model, folder, tied=True, **changes):
+def as_state_spaces(model, folder, **changes):
     """The same model as the mamba_ssm package has it on disk."""
     c = model.config
+    tied = c.tie_word_embeddings
     folder.mkdir()
     state = {name.replace("backbone.embeddings", "backbone.embedding"): t for name, t in model.state_dict().items()}
     torch.save(state, folder / "pytorch_model.bin")
-    mixer = dict(d_state=c.state_size, d_conv=c.conv_kernel, expand=c.expand, dt_rank=c.time_step_rank)
+    mixer = dict(d_state=c.state_size, d_conv=c.conv_kernel, expand=c.expand)
+    if c.model_type == "mamba":
+        mixer |= dict(dt_rank=c.time_step_rank)
+    else:
+        limit = list(c.time_step_limit)
+        mixer |= dict(layer="Mamba2", headdim=c.head_dim, ngroups=c.n_groups, chunk_size=16, dt_limit=limit)
     config = dict(d_model=c.hidden_size, n_layer=c.num_hidden_layers, vocab_size=c.vocab_size, ssm_cfg=mixer)
     config |= dict(rms_norm=True, residual_in_fp32=True, fused_add_norm=True, pad_vocab_size_multiple=8)
     (folder / "config.json").write_text(
@@ -71,39 +86,52 @@ def assert_same_function(ours, model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("changes", [SIZES, ODD, dict(SIZES, residual_in_fp32=False)], ids=["tied", "odd", "residual"])
+@pytest.mark.parametrize(
+    "changes",
+    [SIZES, ODD, dict(SIZES, residual_in_fp32=False), TWO, LIMITED],
+    ids=["tied", "odd", "residual", "mamba2", "limited"],
+)
 def test_logits_and_bits_of_transformers_there_and_back(tmp_path, changes, dtype):
     model = theirs(**changes).to(dtype)
     model.save_pretrained(tmp_path / "a")
     ours = models.load(tmp_path / "a").eval()
-    assert ours.lm_head.weight.dtype == dtype and ours.config.mamba_conv_width == model.config.conv_kernel
+    assert ours.lm_head.weight.dtype == dtype and ours.config.layer_pattern == [model.config.model_type]
     assert_same_function(ours, model)
     models.save(ours, tmp_path / "b", format="hugging_face")
     assert same_tensors(*(load_file(tmp_path / f / "model.safetensors") for f in "ab"))
     before, after = (transformers.AutoConfig.from_pretrained(tmp_path / folder).to_dict() for folder in "ab")
     for config in (before, after):
         del config["_name_or_path"]
+        config.pop("chunk_size", None)  # how to compute, not what
     assert before == after
     again, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b", output_loading_info=True)
-    assert not any(info.values()) and type(again) is transformers.MambaForCausalLM
-    assert again.dtype == dtype and torch.equal(logits(again.eval()), logits(model))
+    assert not any(info.values()) and type(again) is type(model)
+    assert again.dtype == dtype and same_tensors(again.state_dict(), model.state_dict())
 
 
-@pytest.mark.parametrize("changes", [SIZES, ODD], ids=["tied", "odd"])
-def test_state_spaces_there_and_back(tmp_path, changes):
-    tied = changes.get("tie_word_embeddings", True)
+@pytest.mark.parametrize(
+    ("changes", "mixer"),
+    [
+        (SIZES, dict(d_state=5, dt_rank=3)),
+        (ODD, dict(d_state=5, d_conv=3, expand=3, dt_rank=7)),
+        (TWO, dict(layer="Mamba2", d_state=5, headdim=10, ngroups=2)),
+        (LIMITED, dict(layer="Mamba2", d_state=5, d_conv=3, expand=3, headdim=15, dt_limit=[0.01, 0.5])),
+    ],
+    ids=["tied", "odd", "mamba2", "limited"],
+)
+def test_state_spaces_there_and_back(tmp_path, changes, mixer):
     model = theirs(**{**changes, "layer_norm_epsilon": 1e-5})
-    ours = models.load(as_state_spaces(model, tmp_path / "a", tied)).eval()
+    ours = models.load(as_state_spaces(model, tmp_path / "a")).eval()
     assert_same_function(ours, model)
     models.save(ours, tmp_path / "b", format="state_spaces")
     before, after = (torch.load(tmp_path / f / "pytorch_model.bin", weights_only=True) for f in "ab")
     assert same_tensors(before, after) and "lm_head.weight" in after
     assert models.load(tmp_path / "b").config == ours.config
-    config = json.loads((tmp_path / "b/config.json").read_text())
     expected = dict(d_model=40, n_layer=3, vocab_size=96, rms_norm=True, residual_in_fp32=True, fused_add_norm=True)
-    mixer = dict(d_state=5, dt_rank=3) if tied else dict(d_state=5, d_conv=3, expand=3, dt_rank=7)
     expected |= dict(pad_vocab_size_multiple=1, ssm_cfg=mixer)
-    assert config == (expected if tied else {**expected, "tie_embeddings": False})
+    if not model.config.tie_word_embeddings:
+        expected["tie_embeddings"] = False
+    assert json.loads((tmp_path / "b/config.json").read_text()) == expected
     sizes = [(tmp_path / f / "pytorch_model.bin").stat().st_size for f in "ab"]
     assert abs(sizes[0] - sizes[1]) < 4096, "the embedding is written once"
 
@@ -120,8 +148,9 @@ def test_state_spaces_pad_the_vocabulary(tmp_path):
         models.load(path)
 
 
-def test_greedy_generation_of_transformers(tmp_path):
-    model = theirs(tie_word_embeddings=False, eos_token_id=None)
+@pytest.mark.parametrize("changes", [ODD, TWO], ids=["mamba", "mamba2"])
+def test_greedy_generation_of_transformers(tmp_path, changes):
+    model = theirs(**{**changes, "eos_token_id": None})
     model.save_pretrained(tmp_path / "a")
     ours, prompt = models.load(tmp_path / "a").eval(), TOKENS[:, :9]
     expected = model.generate(prompt, max_new_tokens=12, do_sample=False)
@@ -138,9 +167,11 @@ def test_greedy_generation_of_transformers(tmp_path):
 
 @pytest.mark.parametrize("format", ["llmcore", "hugging_face", "state_spaces"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_ours_there_and_back(tmp_path, format, tied):
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_ours_there_and_back(tmp_path, format, tied, kind):
     torch.manual_seed(0)
-    model = build(ModelConfig(**OURS, tie_word_embeddings=tied, rms_norm_eps=1e-5, dropout=0.1)).eval()
+    changes = dict(layer_pattern=[kind], mamba2_head_dim=16, tie_word_embeddings=tied, rms_norm_eps=1e-5, dropout=0.1)
+    model = build(ModelConfig(**{**OURS, **changes})).eval()
     models.save(model, tmp_path / "a", format=format)
     again = models.load(tmp_path / "a").eval()
     assert torch.equal(again(TOKENS % 64).logits, model(TOKENS % 64).logits)
@@ -148,6 +179,7 @@ def test_ours_there_and_back(tmp_path, format, tied):
     again(TOKENS % 64, TOKENS % 64).loss.backward()
     lost = {"num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "dropout"}
     lost |= {"max_position_embeddings"} if format == "state_spaces" else set()
+    lost |= {"mamba2_head_dim"} if kind == "mamba" else set()
     differing = {name for name, value in again.config.to_dict().items() if value != model.config.to_dict()[name]}
     assert differing <= (set() if format == "llmcore" else lost)
 
@@ -327,7 +359,7 @@ def test_damaged_directories(tmp_path, capsys, damage, error, words):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "rwkv"}, 'model_type is "rwkv"; allowed: "mamba"'),
+        ({"model_type": "rwkv"}, 'model_type is "rwkv"; allowed: "mamba", "mamba2".'),
         ({"model_type": ["mamba"]}, 'model_type is ["mamba"]; allowed: "mamba"'),
         ({"architectures": ["MambaModel"]}, 'architectures is ["MambaModel"]; allowed: ["MambaForCausalLM"].'),
         ({"hidden_act": "gelu"}, 'hidden_act is "gelu"; allowed: "silu", "swish".'),
@@ -361,12 +393,20 @@ def test_what_hugging_face_asks_for_in_vain(tmp_path, changes, words):
         ({"ssm_cfg": {"bias": True}}, "ssm_cfg.bias is true; allowed: false."),
         ({"ssm_cfg": {"conv_bias": False}}, "ssm_cfg.conv_bias is false; allowed: true."),
         ({"ssm_cfg": {"d_conv": 8}}, "ssm_cfg.d_conv is 8; allowed: 2 to 4."),
-        ({"ssm_cfg": {"layer": "Mamba3"}}, 'ssm_cfg.layer is "Mamba3"; allowed: "Mamba1"'),
+        ({"ssm_cfg": {"layer": "Mamba3"}}, 'ssm_cfg.layer is "Mamba3"; allowed: "Mamba1", "Mamba2".'),
         ({"ssm_cfg": {"dstate": 8}}, "Mamba1 has no field 'ssm_cfg.dstate'; did you mean 'ssm_cfg.d_state'? allowed: d_model,"),
         ({"ssm_cfg": [1]}, "ssm_cfg must be an object, but it is a list."),
         ({"bidirectional": True}, "Mamba1 has no field 'bidirectional'; "),
         ({"pad_vocab_size_multiple": 0}, "pad_vocab_size_multiple is 0; allowed: whole numbers from 1."),
         ({"n_layer": 0}, "n_layer is 0; allowed: whole numbers from 1."),
+        ({"ssm_cfg": {"layer": "Mamba2", "d_ssm": 32}}, "ssm_cfg.d_ssm is 32; allowed: null."),
+        ({"ssm_cfg": {"layer": "Mamba2", "D_has_hdim": True}}, "ssm_cfg.D_has_hdim is true; allowed: false."),
+        ({"ssm_cfg": {"layer": "Mamba2", "rmsnorm": False}}, "ssm_cfg.rmsnorm is false; allowed: true."),
+        ({"ssm_cfg": {"layer": "Mamba2", "norm_before_gate": True}}, "ssm_cfg.norm_before_gate is true; allowed: false."),
+        ({"ssm_cfg": {"layer": "Mamba2", "headdim": 33}}, "ssm_cfg.headdim is 33; allowed: a divisor of ssm_cfg.expand * d_model = 80."),
+        ({"ssm_cfg": {"layer": "Mamba2", "headdim": 10, "dt_limit": [1, 0]}}, "ssm_cfg.dt_limit is [1, 0]; allowed: none, or two"),
+        ({"ssm_cfg": {"layer": "Mamba2", "dt_limit": 3}}, "ssm_cfg.dt_limit is 3; allowed: [0.0, Infinity]."),
+        ({"ssm_cfg": {"dt_rank": 3, "headdim": 10}}, "Mamba1 has no field 'ssm_cfg.headdim'; "),
         ({"vocab_size": "many"}, "vocab_size is 'many'; allowed: whole numbers from 1."),
     ],
 )  # fmt: skip
@@ -381,8 +421,9 @@ def test_what_state_spaces_ask_for_in_vain(tmp_path, changes, words):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"layer_pattern": ["attention"]}, "has no model of attention layers with feed-forwards; allowed: mamba layers alone"),
+        ({"layer_pattern": ["attention"]}, "has no model of attention layers with feed-forwards; allowed: mamba layers alone, mamba2"),
         ({"layer_pattern": ["mamba", "attention"]}, "has no model of attention and mamba layers with feed-forwards; allowed: mamba"),
+        ({"layer_pattern": ["mamba", "mamba2"]}, "has no model of mamba and mamba2 layers; allowed: mamba layers alone, mamba2 layers alone, or format 'llmcore'."),
         ({"mamba_feed_forward": True}, "has no model of mamba layers with feed-forwards; allowed: mamba layers alone"),
     ],
 )  # fmt: skip
@@ -459,53 +500,60 @@ def test_the_written_dtype_holds_every_weight(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("table", "config", "required"),
+    ("table", "config"),
+    [(hugging_face.MAMBA, transformers.MambaConfig), (hugging_face.MAMBA2, transformers.Mamba2Config)],
+)
+def test_tables_know_every_field_of_transformers_by_its_default(table, config):
+    """What transformers adds to a configuration stands in no table, until someone has read what it changes."""
+    common = {f.name for f in dataclasses.fields(transformers.PretrainedConfig)} - {"tie_word_embeddings"}
+    defaults = {f.name: f.default for f in dataclasses.fields(config) if f.name not in common}
+    known = {f.theirs: f.default for f in table.fields} | {name: allowed[0] for name, allowed in table.only.items()}
+    assert set(defaults) <= set(known) | set(table.ignored)
+    assert set(known) - set(defaults) <= {"max_position_embeddings"}
+    if "time_step_limit" in defaults:
+        assert defaults.pop("time_step_limit") == (0.0, math.inf)
+    assert all(known[name] == default for name, default in defaults.items() if name in known)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
     [
-        (hugging_face.MAMBA, transformers.MambaConfig, set()),
-        (hugging_face.MAMBA2, transformers.Mamba2Config, {"num_heads", "time_step_limit"}),
+        ({"num_heads": 4}, "num_heads * head_dim is 40; allowed: expand * hidden_size = 80."),
+        ({"n_groups": 3}, "n_groups is 3; allowed: a divisor of the 8 heads."),
+        ({"rms_norm": False}, "rms_norm is false; allowed: true."),
+        ({"norm_before_gate": True}, "norm_before_gate is true; allowed: false."),
+        ({"time_step_limit": [0.5, 0.1]}, "time_step_limit is [0.5, 0.1]; allowed: none, or two numbers that rise"),
+        ({"time_step_limit": "none"}, 'time_step_limit is "none"; allowed: [0.0, Infinity].'),
+        (
+            {"architectures": ["MambaForCausalLM"]},
+            'architectures is ["MambaForCausalLM"]; allowed: ["Mamba2ForCausalLM"].',
+        ),
     ],
 )
-def test_tables_know_every_field_of_transformers_by_its_default(table, config, required):
-    """What transformers adds to a configuration stands in no table, until someone has read what it changes."""
-    common = {f.name for f in dataclasses.fields(transformers.PretrainedConfig)}
-    defaults = {f.name: f.default for f in dataclasses.fields(config) if f.name not in common}
-    defaults |= {name: config.__dataclass_fields__[name].default for name in ("tie_word_embeddings",)}
-    known = {f.theirs: f.default for f in table.fields} | {name: allowed[0] for name, allowed in table.only.items()}
-    assert set(defaults) <= set(known) | set(table.ignored) and required <= set(table.ignored)
-    assert {name: known[name] for name in known if name in defaults} == {n: defaults[n] for n in known if n in defaults}
-    assert set(known) - set(defaults) <= {"max_position_embeddings"}
+def test_what_mamba2_of_hugging_face_asks_for_in_vain(tmp_path, changes, words):
+    theirs(**TWO).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ValueError) as caught:
+        models.load(tmp_path)
+    assert str(caught.value).startswith(f"load: {tmp_path / 'config.json'}: {words}")
 
 
-def test_names_of_mamba2_parameters():
-    """The mixer's are those of state-spaces and of transformers alike; nothing else differs from Mamba's."""
-    config = transformers.Mamba2Config(
-        vocab_size=32, hidden_size=32, num_hidden_layers=2, state_size=4, num_heads=4, head_dim=16, n_groups=2
-    )
-    names = set(transformers.Mamba2ForCausalLM(config).state_dict())
-    mixer = (
-        "in_proj.weight",
-        "conv1d.weight",
-        "conv1d.bias",
-        "dt_bias",
-        "A_log",
-        "D",
-        "norm.weight",
-        "out_proj.weight",
-    )
-    ours = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
-    for layer in ("model.layers.0", "model.layers.1"):
-        ours += [f"{layer}.input_layernorm.weight", *(f"{layer}.mixer.{name}" for name in mixer)]
-    assert {hugging_face.MAMBA2.name_of(name) for name in ours} == names
-    renamed = {name.replace("embeddings", "embedding") for name in names}
-    assert {state_spaces.MAMBA2.name_of(name) for name in ours} == renamed
+def test_infinity_in_json(tmp_path):
+    """JSON has none: Python writes a bare word, newer versions of transformers an object."""
+    theirs(**TWO).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["time_step_limit"] == [0.0, {"__float__": "Infinity"}]
+    for low, high, expected in ((0.0, math.inf, None), (0.1, math.inf, [0.1, math.inf]), (0.1, 0.2, [0.1, 0.2])):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "time_step_limit": [low, high]}))
+        assert models.load(tmp_path).config.mamba2_step_limit == expected
 
 
-def test_limits_of_mamba2_steps(tmp_path):
-    """Infinity is no JSON: Python writes a bare word, newer versions of transformers an object."""
-    transformers.Mamba2Config().save_pretrained(tmp_path)
-    for limit in (json.loads((tmp_path / "config.json").read_text())["time_step_limit"], [0.0, math.inf]):
-        hugging_face.MAMBA2.prepare({"time_step_limit": limit}, tmp_path)
-    with pytest.raises(ValueError, match=r"time_step_limit is \[0.01, 0.1\]; allowed: \[0.0, Infinity\]"):
-        hugging_face.MAMBA2.prepare({"time_step_limit": [0.01, 0.1]}, tmp_path)
-    with pytest.raises(ValueError, match=r"num_heads \* head_dim is 64; allowed: expand \* hidden_size = 8192"):
-        hugging_face.MAMBA2.prepare({"num_heads": 1}, tmp_path)
+@pytest.mark.parametrize("format", ["hugging_face", "state_spaces"])
+def test_a_norm_of_other_groups_has_no_name(tmp_path, format):
+    changes = dict(layer_pattern=["mamba2"], mamba2_head_dim=16, mamba2_num_groups=2, mamba2_norm_groups=1)
+    model = build(ModelConfig(**{**OURS, **changes}, rms_norm_eps=1e-5))
+    with pytest.raises(
+        ValueError, match=f"mamba2_norm_groups is 1, for which format '{format}' has no field; allowed: 2."
+    ):
+        models.save(model, tmp_path / "a", format=format)

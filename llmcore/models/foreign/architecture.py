@@ -9,16 +9,10 @@ from typing import Any
 
 import torch
 
-from llmcore.models.config import MIXERS, ModelConfig, suggest
+from llmcore.models.config import ModelConfig, suggest
 from llmcore.models.files import WEIGHTS
 
 Values = dict[str, Any]
-
-# A model without attention has no longest sequence: its state is of one size, and nothing is kept per position. Decoder
-# refuses what is longer than max_position_embeddings all the same; Mamba's paper goes to about a million tokens.
-NO_LIMIT = 2**20
-# Fields that such a model does not read, with a value that ModelConfig takes at every hidden_size.
-WITHOUT_ATTENTION = {"num_attention_heads": 1, "head_dim": 64}
 
 
 @dataclass(frozen=True)
@@ -46,7 +40,7 @@ class Architecture:
     name: what they call it. mixer: what all its layers mix time with; feed_forward: whether they have one.
     fields: what both configurations say.
     only: what llmcore computes for some of their values alone, by name; silence means the first, which is written.
-    implied: fields of ModelConfig for which they have one value and no name.
+    implied: fields of ModelConfig for which they have one value and no name; the value of another field, by its name.
     unread: fields of ModelConfig that such a model does not read, or that are lost there without a change in what it
         computes; the values that they get here.
     ignored: their names that change nothing that is computed from given weights: how these were initialised, how the
@@ -96,7 +90,8 @@ class Architecture:
         given = {f.ours: values.get(f.theirs, f.default) for f in self.fields}
         given = {name: None if value == "auto" else value for name, value in given.items()}
         try:
-            return ModelConfig(layer_pattern=[self.mixer], **{**self.unread, **self.implied, **given})
+            implied = {name: given.get(value, value) for name, value in self.implied.items()}
+            return ModelConfig(layer_pattern=[self.mixer], **{**self.unread, **implied, **given})
         except ValueError as error:
             sentence = str(error).removeprefix("ModelConfig: ")
             for f in self.fields:
@@ -126,7 +121,7 @@ class Architecture:
 
     def require_expressible(self, config: ModelConfig, format: str) -> None:
         for name, value in self.implied.items():
-            given = getattr(config, name)
+            given, value = getattr(config, name), getattr(config, value) if isinstance(value, str) else value
             if given != value:
                 raise ValueError(
                     f"save: {name} is {given}, for which format {format!r} has no field; allowed: {value}."
@@ -146,8 +141,3 @@ class Architecture:
 def refusal(where: Path, name: str, given: Any, *allowed: Any) -> ValueError:
     """In JSON's words, as they stand in the file."""
     return ValueError(f"load: {where}: {name} is {json.dumps(given)}; allowed: {', '.join(map(json.dumps, allowed))}.")
-
-
-def available(*architectures: Architecture) -> tuple[Architecture, ...]:
-    """Those whose layers llmcore has."""
-    return tuple(architecture for architecture in architectures if architecture.mixer in MIXERS)

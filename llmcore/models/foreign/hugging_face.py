@@ -3,32 +3,17 @@
 What such a config.json says beside the names of these tables, their model does not read either.
 """
 
-import math
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from llmcore.models.foreign.architecture import (
-    NO_LIMIT,
-    WITHOUT_ATTENTION,
-    Architecture,
-    Field,
-    Values,
-    available,
-    refusal,
-)
+from llmcore.models.foreign.architecture import Architecture, Field, Values, refusal
+from llmcore.models.foreign.mambas import NO_LIMIT, NORM_GROUPS, WITHOUT_ATTENTION, read_limit, renames
 
 # transformers' class of each model_type, as `architectures` has it.
 CLASSES = {"mamba": "MambaForCausalLM", "mamba2": "Mamba2ForCausalLM"}
 
-RENAMES = (
-    ("model.embed_tokens.", "backbone.embeddings."),
-    ("model.layers.{}.input_layernorm.", "backbone.layers.{}.norm."),
-    ("model.layers.{}.mixer.", "backbone.layers.{}.mixer."),
-    ("model.norm.", "backbone.norm_f."),
-    ("lm_head.", "lm_head."),
-)
 ALIASES = {"backbone.embedding.weight": "backbone.embeddings.weight"}
 
 COMMON = (
@@ -67,7 +52,7 @@ MAMBA = Architecture(
         Field("eos_token_id", "eos_token_id", 0),
         Field("pad_token_id", "pad_token_id", 0),
     ),
-    renames=RENAMES,
+    renames=renames("embeddings"),
     aliases=ALIASES,
     only=ONLY,
     unread=WITHOUT_ATTENTION,
@@ -83,18 +68,16 @@ def _read_mamba2(values: Values, where: Path) -> Values:
         raise ValueError(
             f"load: {where}: num_heads * head_dim is {heads * head}; allowed: expand * hidden_size = {expand * width}."
         )
-    limit = values.get("time_step_limit", [0.0, math.inf])
-    # JSON has no infinity: Python writes it as a bare word, newer versions of transformers as an object.
-    if limit not in ([0.0, math.inf], [0.0, {"__float__": "Infinity"}]):
-        raise refusal(where, "time_step_limit", limit, [0.0, math.inf])
     for name, allowed in (("rms_norm", True), ("norm_before_gate", False)):
         if values.get(name, allowed) != allowed:
             raise refusal(where, name, values[name], allowed)
-    return values
+    return {**values, "time_step_limit": read_limit(values.get("time_step_limit"), where, "time_step_limit")}
 
 
 def _written_mamba2(values: Values, dtype: torch.dtype) -> Values:
     heads = values["expand"] * values["hidden_size"] // values["head_dim"]
+    if values["time_step_limit"] is None:
+        del values["time_step_limit"]
     return {**_written("mamba2", values, dtype), "num_heads": heads}
 
 
@@ -107,24 +90,26 @@ MAMBA2 = Architecture(
         Field("hidden_size", "hidden_size", 4096),
         Field("num_hidden_layers", "num_hidden_layers", 64),
         Field("state_size", "mamba2_state_size", 128),
-        Field("expand", "mamba2_expand", 2),
-        Field("conv_kernel", "mamba2_conv_width", 4),
+        Field("expand", "mamba_expand", 2),
+        Field("conv_kernel", "mamba_conv_width", 4),
         Field("head_dim", "mamba2_head_dim", 64),
         Field("n_groups", "mamba2_num_groups", 8),
+        Field("time_step_limit", "mamba2_step_limit", None),
         Field("tie_word_embeddings", "tie_word_embeddings", False),
         Field("eos_token_id", "eos_token_id", 2),
         Field("pad_token_id", "pad_token_id", 1),
     ),
-    renames=RENAMES,
+    renames=renames("embeddings"),
     aliases=ALIASES,
     only=ONLY,
     unread=WITHOUT_ATTENTION,
-    ignored=(*IGNORED, "time_step_rank", "chunk_size", "num_heads", "time_step_limit"),
+    ignored=(*IGNORED, "time_step_rank", "chunk_size", "num_heads"),
+    implied=NORM_GROUPS,
     prepare=_read_mamba2,
     finish=_written_mamba2,
 )
 
-ARCHITECTURES = available(MAMBA, MAMBA2)
+ARCHITECTURES = (MAMBA, MAMBA2)
 
 
 def recognise(values: Values, where: Path) -> Architecture | None:

@@ -5,30 +5,15 @@ names as ssm_cfg.d_state and so on. A name that their configuration does not hav
 """
 
 from functools import partial
-from math import inf
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llmcore.models.files import BINARY
-from llmcore.models.foreign.architecture import (
-    NO_LIMIT,
-    WITHOUT_ATTENTION,
-    Architecture,
-    Field,
-    Values,
-    available,
-    refusal,
-)
+from llmcore.models.foreign.architecture import Architecture, Field, Values, refusal
+from llmcore.models.foreign.mambas import NO_LIMIT, NORM_GROUPS, WITHOUT_ATTENTION, read_limit, renames
 
-RENAMES = (
-    ("model.embed_tokens.", "backbone.embedding."),
-    ("model.layers.{}.input_layernorm.", "backbone.layers.{}.norm."),
-    ("model.layers.{}.mixer.", "backbone.layers.{}.mixer."),
-    ("model.norm.", "backbone.norm_f."),
-    ("lm_head.", "lm_head."),
-)
 COMMON = (
     Field("d_model", "hidden_size", 2560),
     Field("n_layer", "num_hidden_layers", 64),
@@ -61,6 +46,8 @@ def _flat(values: Values, where: Path) -> Values:
         raise ValueError(f"load: {where}: pad_vocab_size_multiple is {multiple!r}; allowed: whole numbers from 1.")
     if isinstance(vocabulary, int) and not isinstance(vocabulary, bool):
         flat["vocab_size"] = -(-vocabulary // multiple) * multiple
+    if "ssm_cfg.dt_limit" in flat:
+        flat["ssm_cfg.dt_limit"] = read_limit(flat["ssm_cfg.dt_limit"], where, "ssm_cfg.dt_limit")
     return flat
 
 
@@ -79,15 +66,21 @@ def _mixer(values: Values, where: Path) -> Values:
 
 
 def _architecture(
-    layer: str, mixer: str, fields: tuple[Field, ...], only: Values, ignored: tuple[str, ...], told: Values
+    layer: str,
+    mixer: str,
+    fields: tuple[Field, ...],
+    only: Values,
+    ignored: tuple[str, ...],
+    implied: Values,
+    told: Values,
 ) -> Architecture:
     return Architecture(
         layer,
         mixer=mixer,
         fields=(*COMMON, *fields),
-        renames=RENAMES,
+        renames=renames("embedding"),
         only={**ONLY, **only},
-        implied={"rms_norm_eps": 1e-5},
+        implied={"rms_norm_eps": 1e-5, **implied},
         unread={**WITHOUT_ATTENTION, "max_position_embeddings": NO_LIMIT},
         ignored=(*IGNORED, *ignored),
         always=ALWAYS,
@@ -110,6 +103,7 @@ MAMBA1 = _architecture(
     ),
     only={},
     ignored=("ssm_cfg.dt_init", "ssm_cfg.dt_scale", "ssm_cfg.use_fast_path"),
+    implied={},
     told={},
 )
 MAMBA2 = _architecture(
@@ -117,17 +111,17 @@ MAMBA2 = _architecture(
     "mamba2",
     fields=(
         Field("ssm_cfg.d_state", "mamba2_state_size", 128),
-        Field("ssm_cfg.d_conv", "mamba2_conv_width", 4),
-        Field("ssm_cfg.expand", "mamba2_expand", 2),
+        Field("ssm_cfg.d_conv", "mamba_conv_width", 4),
+        Field("ssm_cfg.expand", "mamba_expand", 2),
         Field("ssm_cfg.headdim", "mamba2_head_dim", 64),
         Field("ssm_cfg.ngroups", "mamba2_num_groups", 1),
+        Field("ssm_cfg.dt_limit", "mamba2_step_limit", None),
     ),
     only={
         "ssm_cfg.d_ssm": (None,),
         "ssm_cfg.D_has_hdim": (False,),
         "ssm_cfg.rmsnorm": (True,),
         "ssm_cfg.norm_before_gate": (False,),
-        "ssm_cfg.dt_limit": ([0.0, inf],),
     },
     ignored=(
         "ssm_cfg.conv_init",
@@ -137,10 +131,11 @@ MAMBA2 = _architecture(
         "ssm_cfg.process_group",
         "ssm_cfg.sequence_parallel",
     ),  # fmt: skip
+    implied=NORM_GROUPS,
     told={"layer": "Mamba2"},
 )
 
-ARCHITECTURES = available(MAMBA1, MAMBA2)
+ARCHITECTURES = (MAMBA1, MAMBA2)
 
 
 def recognise(values: Values, where: Path) -> Architecture | None:
