@@ -8,7 +8,7 @@ from typing import Any
 from llmcore.models.presets import PRESETS
 
 
-def _suggest(given: str, allowed: list[str]) -> str:
+def suggest(given: str, allowed: list[str]) -> str:
     close = difflib.get_close_matches(given, allowed, 1)
     return f"did you mean {close[0]!r}? " if close else ""
 
@@ -34,6 +34,8 @@ class ModelConfig:
     mamba2_state_size: N of Mamba-2. mamba2_head_dim: P, divides the channels inside. mamba2_num_groups: G of heads that
     share B and C, divides the heads. mamba2_norm_groups: parts that its norm takes apart; mamba2_num_groups when None.
     mamba2_step_limit: least and greatest step; none when None.
+    residual_in_fp32: whether the stream between the layers is float32 where weights are of 16 bits; else it is theirs.
+    bos_token_id, eos_token_id, pad_token_id: the tokenizer's, as Hugging Face's config.json has them; not read here.
     """
 
     vocab_size: int = 32000
@@ -60,16 +62,26 @@ class ModelConfig:
     mamba2_num_groups: int = 1
     mamba2_norm_groups: int | None = None
     mamba2_step_limit: list[float] | None = None
+    residual_in_fp32: bool = False
+    bos_token_id: int | list[int] | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | list[int] | None = None
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
-            if item.type in (int, int | None) and value is not None:
+            if item.type is int or (item.type == (int | None) and value is not None):
                 if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                     raise ValueError(f"ModelConfig: {item.name} is {value!r}; allowed: whole numbers from 1.")
             elif item.name == "dropout":
                 if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
                     raise ValueError(f"ModelConfig: dropout is {value!r}; allowed: numbers from 0 to below 1.")
+            elif item.name.endswith("_token_id"):
+                ids = value if isinstance(value, list) else [] if value is None else [value]
+                if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+                    raise ValueError(
+                        f"ModelConfig: {item.name} is {value!r}; allowed: a whole number, a list of them, or none."
+                    )
             elif item.type is float:
                 if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
                     raise ValueError(f"ModelConfig: {item.name} is {value!r}; allowed: numbers above 0.")
@@ -147,7 +159,7 @@ class ModelConfig:
     def from_preset(cls, name: str, **changes: Any) -> "ModelConfig":
         """The preset `name` with `changes` applied to its fields."""
         if name not in PRESETS:
-            hint = _suggest(str(name), list(PRESETS))
+            hint = suggest(str(name), list(PRESETS))
             raise ValueError(f"unknown preset {name!r}; {hint}allowed: {', '.join(PRESETS)}.")
         return cls.from_dict({**PRESETS[name], **changes})
 
@@ -157,7 +169,7 @@ class ModelConfig:
         allowed = [f.name for f in dataclasses.fields(cls)]
         for key in values:
             if key not in allowed:
-                hint = _suggest(str(key), allowed)
+                hint = suggest(str(key), allowed)
                 raise ValueError(f"ModelConfig has no field {key!r}; {hint}allowed: {', '.join(allowed)}.")
         return cls(**values)
 

@@ -59,6 +59,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         C = config.hidden_size
         kind, self.dropout = config.mixer(layer), config.dropout
+        self.residual_in_fp32 = config.residual_in_fp32
         self.is_mamba = kind != "attention"
         # among the layers that keep the same of the past
         self.number = sum((config.mixer(i) != "attention") == self.is_mamba for i in range(layer))
@@ -76,13 +77,14 @@ class DecoderLayer(nn.Module):
         self,
         x: Tensor,
         residual: Tensor | None,
-        rotary: RotaryEmbedding,
+        rotary: RotaryEmbedding | None,
         positions: Tensor | None,
         cache: Cache | None,
     ) -> tuple[Tensor, Tensor]:
         """x: the last sublayer's output, residual: the stream before it (None in the first layer) -> the same pair."""
         if residual is None:
-            y, residual = self.input_layernorm(x), x
+            wide = torch.promote_types(x.dtype, torch.float32) if self.residual_in_fp32 else x.dtype
+            y, residual = self.input_layernorm(x), x.to(wide)
         else:
             y, residual = self.input_layernorm(x, residual)
         if self.is_mamba:
@@ -105,7 +107,11 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         assert config.head_dim is not None
-        self.rotary = RotaryEmbedding(config.head_dim, config.max_position_embeddings, config.rope_theta)
+        # A model that does not attend has no use for a table as long as its longest sequence.
+        attends = any(config.mixer(i) == "attention" for i in range(config.num_hidden_layers))
+        self.rotary = (
+            RotaryEmbedding(config.head_dim, config.max_position_embeddings, config.rope_theta) if attends else None
+        )
         self.dropout = config.dropout
         self.checkpointed_layers = 0
 
@@ -152,7 +158,8 @@ class Decoder(nn.Module):
 
     def reset_buffers(self, device: torch.device) -> None:
         """Computes the rotary tables again, on `device`: after a model was built on the meta device."""
-        self.model.rotary.reset_buffers(device)
+        if self.model.rotary is not None:
+            self.model.rotary.reset_buffers(device)
 
     def tie_weights(self) -> None:
         if self.config.tie_word_embeddings:

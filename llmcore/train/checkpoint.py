@@ -27,7 +27,7 @@ from torch import Tensor
 
 from llmcore import models
 from llmcore._version import __version__
-from llmcore.models.checkpoint import CONFIG
+from llmcore.models.files import CONFIG
 from llmcore.train.best import Best
 
 META, OPTIMIZER, EMA = "meta.json", "optimizer.safetensors", "ema"

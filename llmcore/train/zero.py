@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llmcore import models
-from llmcore.models.checkpoint import WEIGHTS
+from llmcore.models.files import WEIGHTS
 from llmcore.train.average import Average
 from llmcore.train.config import ConfigError, TrainConfig
 from llmcore.train.distributed import World

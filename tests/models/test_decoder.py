@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 
 import llmcore
 from bench.plain_model import PlainDecoder
@@ -32,7 +33,6 @@ def test_equals_the_plain_pytorch_model(model, tokens):
 
 
 def test_equals_transformers_llama(model, tokens):
-    transformers = pytest.importorskip("transformers", reason="transformers (the extra `hf`) is not installed")
     config = transformers.LlamaConfig(**{**CONFIG.to_dict(), "attn_implementation": "eager"})
     theirs = transformers.LlamaForCausalLM(config)
     theirs.load_state_dict(model.state_dict())
