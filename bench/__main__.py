@@ -1,7 +1,8 @@
 """python -m bench VERB: measure, print, and write a record under bench/results/, or read the records.
 
-measure: ops [NAME ...], errors [NAME ...], overhead, step, loop, scaling, race, curves, mine CONFIG (a preset, a
-training configuration or a Hugging Face config.json); compile needs no GPU: what the compilers make of the GPU kernels.
+measure: ops [NAME ...], errors [NAME ...], overhead, step, hugging_face, loop, scaling, lengths, race, curves,
+mine CONFIG (a preset, a training configuration or a Hugging Face config.json); compile needs no GPU: what the
+compilers make of the GPU kernels.
 read: report (tables and plots of the records), compare OLD NEW (what has become slower between two records of ops).
 tune OP: choose the configurations of an op's kernels (python -m bench tune --help).
 """
@@ -24,7 +25,19 @@ from bench.timing import keep_freed_memory
 from llmcore.ops import registry
 
 RESULTS = ROOT / "bench" / "results"
-MEASURING = ("ops", "errors", "overhead", "step", "loop", "scaling", "race", "curves", "mine")
+MEASURING = (
+    "ops",
+    "errors",
+    "overhead",
+    "step",
+    "hugging_face",
+    "loop",
+    "scaling",
+    "lengths",
+    "race",
+    "curves",
+    "mine",
+)
 VERBS = (*MEASURING, "compile", "report", "compare", "tune")
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -223,6 +223,22 @@ def scaling(rows: Rows, title: str, path: Path) -> Path:
     return finish(figure, title, path)
 
 
+def lengths(rows: Rows, title: str, path: Path) -> Path:
+    """What a token costs by the length of its sequence: a level line is a cost that grows as the length does."""
+    figure, axes = panels(len(PASSES), 2, 3.0)
+    for axis, direction in zip(axes, PASSES, strict=True):
+        for op, own in grouped(rows, lambda row: row["op"]).items():
+            points = sorted((row["length"], row["nanoseconds a token"][direction]) for row in own)
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=op)
+        powers(axis, [row["length"] for row in rows])
+        axis.set_yscale("log")
+        axis.set_xlabel("tokens in the sequence")
+        axis.set_ylabel("nanoseconds a token")
+        axis.set_title(f"256 channels, fp32, {direction}")
+    legend(figure, axes)
+    return finish(figure, title, path)
+
+
 def errors(rows: Rows, title: str, path: Path) -> Path:
     """Error against float64 by size, in epsilons of the dtype: the worst of the outputs, and of the gradients."""
     chosen = grouped(rows, lambda r: (r["op"], r["dtype"], "gradients" if "gradient" in r["value"] else "outputs"))

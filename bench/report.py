@@ -15,6 +15,8 @@ from bench.compare import read
 
 PASSES = ("forward", "forward + backward")
 PEERS = ("eager", "torch.compile")
+HUGGING_FACE = ("llmcore", "transformers")
+DRAWN = {"errors": plots.errors, "curves": plots.curves, "scaling": plots.scaling, "lengths": plots.lengths}
 OPS = (
     "Microseconds are medians of interleaved rounds on inputs that rotate over twice the last cache, at most 256 MiB. "
     "The ceiling is a copy beyond the caches or a matrix product, whichever binds. A share above 1 is reached where "
@@ -35,6 +37,7 @@ WORDS = {
         "ops": "op, times faster than", "forward": "forward", "forward + backward": "fwd + bwd",
         "step": "a training step of `tiny`, 8 × 256 tokens", "faster": "llmcore is faster by",
         "race": "equal wall time, {seconds:.0f} s", "tokens": "tokens", "bits": "held-out bits per byte",
+        "hugging_face": "a training step in fp32 against Hugging Face's model, same weights",
         "loop": "Outside model, optimizer and data the loop of `train_minimal.py` takes {share:.1%} of such a step.",
     },
     "README.zh.md": {
@@ -42,6 +45,7 @@ WORDS = {
         "ops": "算子，快多少倍", "forward": "前向", "forward + backward": "前向 + 反向",
         "step": "`tiny` 的一个训练步，8 × 256 个 token", "faster": "llmcore 快",
         "race": "相同时间，{seconds:.0f} 秒", "tokens": "token 数", "bits": "留出文本，每字节比特数",
+        "hugging_face": "fp32 的一个训练步，对照权重相同的 Hugging Face 模型",
         "loop": "除模型、优化器和数据之外，`train_minimal.py` 的循环占这样一步的 {share:.1%}。",
     },
 }  # fmt: skip
@@ -85,6 +89,14 @@ def figures(folder: Path, words: dict[str, str]) -> str:
         steps = read(folder / "step.json")["records"]
         rows = [[r["candidate"], f"{r['milliseconds']:.1f}", f"{r['llmcore is faster by']:.2f}×"] for r in steps]
         parts.append(table([words["step"], "ms", words["faster"]], rows))
+    if (folder / "hugging_face.json").exists():
+        steps = read(folder / "hugging_face.json")["records"]
+        rows = [
+            [f"`{r['model']}`, {r['batch']} × {r['length']}", *(f"{r['milliseconds'][n]:.1f}" for n in HUGGING_FACE)]
+            + [f"{r['times faster than']['transformers']:.1f}×"]
+            for r in steps
+        ]
+        parts.append(table([words["hugging_face"], "llmcore, ms", "transformers, ms", words["faster"]], rows))
     if (folder / "loop.json").exists():
         share = read(folder / "loop.json")["records"][-1]["median of the shares"]
         parts.append(words["loop"].format(share=share) + "\n")
@@ -180,12 +192,9 @@ def report_of(folder: Path) -> list[Path]:
         ]
     facts = ", ".join(f"{name} {value}" for name, value in machine.items())
     text = [f"# {folder.name}", facts, *map(json.dumps, ceilings), "## Ops", OPS, rows_of(record)]
-    others = {
-        name: read(path) for name in ("errors", "curves", "scaling") if (path := folder / f"{name}.json").exists()
-    }
+    others = {name: read(path) for name in DRAWN if (path := folder / f"{name}.json").exists()}
     for name, other in others.items():
-        draw = {"errors": plots.errors, "curves": plots.curves, "scaling": plots.scaling}[name]
-        drawn.append(draw(other["records"], title, folder / f"{name}.png"))
+        drawn.append(DRAWN[name](other["records"], title, folder / f"{name}.png"))
     if "errors" in others:
         text += ["## Errors against float64", ERRORS, errors_of(others["errors"])]
     if "curves" in others:

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from bench import compare, measure, mine, report, run_curves, run_errors, run_loop
+from bench import compare, measure, mine, report, run_curves, run_errors, run_hugging_face, run_lengths, run_loop
 from bench.__main__ import RESULTS, ROOT
 from bench.ceilings import Ceilings
 from bench.ops import bench_attention, bench_rms_norm
@@ -219,6 +219,10 @@ def test_every_plot_is_drawn_from_records(case, tmp_path):
     made = {
         "ops": [{"ceilings": CEILINGS.as_record()}, *rows],
         "scaling": [{"threads": n, "precision": "fp32", "tokens per second": {"llmcore": n}} for n in (1, 2)],
+        "lengths": [
+            {"op": op, "length": n, "nanoseconds a token": {"forward": 3.0, "forward + backward": n}}
+            for op in ("a", "b") for n in (1024, 2048)
+        ],
         "errors": [
             {"op": "a", "dtype": "float32", "size": n, "value": v, "rms": {"llmcore": 1e-7, "eager": 2e-7 * n}}
             for n in (1, 2) for v in ("output 0", "gradient of x")
@@ -232,9 +236,21 @@ def test_every_plot_is_drawn_from_records(case, tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps({"machine": where, "records": found}))
     written = report.report_of(tmp_path)
     names = {path.stem for path in written if path.suffix == ".png"}
-    assert {"ratios", "throughput", "bandwidth", "roofline", "scaling", "errors", "curves"} <= names
+    assert {"ratios", "throughput", "bandwidth", "roofline", "scaling", "lengths", "errors", "curves"} <= names
     text = (tmp_path / "report.md").read_text()
     assert "4.00e-07" in text and "llmcore, fp32: 0.0707 rms over 20 steps, 0.1000 over the last tenth" in text
+
+
+def test_the_cost_by_length():
+    rows = list(run_lengths.run((4, 8)))
+    assert {(r["op"], r["length"]) for r in rows} == {(op, n) for op in run_lengths.CASES for n in (4, 8)}
+    assert all(cost > 0 for r in rows for cost in r["nanoseconds a token"].values())
+
+
+def test_a_step_against_hugging_face():
+    pytest.importorskip("transformers", reason="the peer is transformers")
+    (row,) = run_hugging_face.run(("tiny_mamba",), batch_size=1, seq_len=16)
+    assert row["milliseconds"].keys() == {"llmcore", "transformers"} and row["logits apart"] < 1e-4
 
 
 def test_one_ulp_is_the_smallest_step():
