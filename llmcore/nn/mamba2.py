@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from llmcore import ops
 from llmcore.nn.gated_rms_norm import GatedRMSNorm
 from llmcore.nn.mamba import CausalConv1d, MambaState, initial_step_bias
+from llmcore.nn.mamba_inner import Mamba2Inner, heads_of, worthwhile
 
 
 class Mamba2(nn.Module):
@@ -73,12 +74,13 @@ class Mamba2(nn.Module):
         z, xBC, dt = self.in_proj(x).split(self.widths, -1)
         if state is not None and xBC.requires_grad:
             raise RuntimeError("Mamba2: a state cannot be differentiated; call the model under torch.no_grad().")
-        xBC = self.conv1d(xBC.transpose(1, 2), None if state is None else state.conv).transpose(1, 2)
-        shared = self.num_groups * self.state_size
-        u, B, C = xBC.split([self.widths[0], shared, shared], -1)
-        u, z = (t.unflatten(-1, (-1, self.head_dim)) for t in (u, z))
-        B, C = (t.unflatten(-1, (self.num_groups, -1)) for t in (B, C))
+        xBC, z = xBC.transpose(1, 2), z.unflatten(-1, (-1, self.head_dim))
         A = -torch.exp(self.A_log.float())
+        if state is None and worthwhile(xBC):
+            filters, bias = self.conv1d.weight[:, 0], self.conv1d.bias
+            y = Mamba2Inner.apply(xBC, z, dt, filters, bias, self.dt_bias, A, self.D, self.num_groups, self.step_limit)
+            return self.out_proj(self.norm(y.flatten(-2)))
+        u, B, C = heads_of(self.conv1d(xBC, None if state is None else state.conv), z, self.num_groups)
         if state is not None and x.shape[1] == 1 and self.step_limit == (0.0, math.inf):
             y = self._step(state.ssm, u[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], z[:, 0]).unsqueeze(1)
         else:
