@@ -32,7 +32,7 @@ class ModelConfig:
     mamba_feed_forward: whether Mamba layers have the feed-forward too, as Jamba's do; Mamba's own have none.
     mamba_state_size: N of Mamba. mamba_dt_rank: width of its steps' projection; ceil(hidden_size / 16) when None.
     mamba2_state_size: N of Mamba-2. mamba2_head_dim: P, divides the channels inside. mamba2_num_groups: G of heads that
-    share B and C, divides the heads. mamba2_norm_groups: parts that its norm takes apart; mamba2_num_groups when None.
+    share B and C, divides the heads.
     mamba2_step_limit: least and greatest step; none when None.
     residual_in_fp32: whether the stream between the layers is float32 where weights are of 16 bits; else it is theirs.
     bos_token_id, eos_token_id, pad_token_id: the tokenizer's, as Hugging Face's config.json has them; not read here.
@@ -60,7 +60,6 @@ class ModelConfig:
     mamba2_state_size: int = 128
     mamba2_head_dim: int = 64
     mamba2_num_groups: int = 1
-    mamba2_norm_groups: int | None = None
     mamba2_step_limit: list[float] | None = None
     residual_in_fp32: bool = False
     bos_token_id: int | list[int] | None = None
@@ -121,8 +120,6 @@ class ModelConfig:
                 raise ValueError(f"ModelConfig: {name} is {value}; allowed: {low} to {high}.")
         if self.mamba_dt_rank is None:
             self.mamba_dt_rank = -(-self.hidden_size // 16)
-        if self.mamba2_norm_groups is None:
-            self.mamba2_norm_groups = self.mamba2_num_groups
         if "mamba2" in pattern:
             self._check_mamba2()
 
@@ -133,12 +130,11 @@ class ModelConfig:
                 f"ModelConfig: mamba2_head_dim is {self.mamba2_head_dim}; allowed: a divisor of mamba_expand * "
                 f"hidden_size = {inner}."
             )
-        for name, value, whole, of in (
-            ("mamba2_num_groups", self.mamba2_num_groups, inner // self.mamba2_head_dim, "heads"),
-            ("mamba2_norm_groups", self.mamba2_norm_groups or 1, inner, "channels inside"),
-        ):
-            if whole % value:
-                raise ValueError(f"ModelConfig: {name} is {value}; allowed: a divisor of the {whole} {of}.")
+        heads = inner // self.mamba2_head_dim
+        if heads % self.mamba2_num_groups:
+            raise ValueError(
+                f"ModelConfig: mamba2_num_groups is {self.mamba2_num_groups}; allowed: a divisor of the {heads} heads."
+            )
         if limit is not None:
             numbers = isinstance(limit, list | tuple) and all(isinstance(x, int | float) for x in limit)
             if not numbers or len(limit) != 2 or not 0 <= limit[0] <= limit[1]:

@@ -50,7 +50,7 @@ def _mamba2(c: ModelConfig) -> Mamba2:
     low, high = c.mamba2_step_limit or (0.0, math.inf)
     return Mamba2(
         c.hidden_size, c.mamba2_state_size, c.mamba_conv_width, c.mamba_expand, c.mamba2_head_dim, c.mamba2_num_groups,
-        (low, high), c.rms_norm_eps, c.mamba2_norm_groups,
+        (low, high), c.rms_norm_eps,
     )  # fmt: skip
 
 

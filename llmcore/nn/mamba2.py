@@ -20,8 +20,7 @@ class Mamba2(nn.Module):
     Args:
         hidden_size: C. state_size: N. conv_width: W. expand: D = expand * C channels inside, a multiple of head_dim.
         head_dim: P, so that there are H = D // P heads. num_groups: G groups of heads share B and C; divides H.
-        step_limit: what the steps are clamped to. eps: the norm's; norm_groups: what it normalises apart, num_groups
-        when None.
+        step_limit: what the steps are clamped to. eps: the norm's, which takes groups apart.
     """
 
     no_weight_decay = ("A_log", "D", "dt_bias")
@@ -36,7 +35,6 @@ class Mamba2(nn.Module):
         num_groups: int = 1,
         step_limit: tuple[float, float] = (0.0, math.inf),
         eps: float = 1e-5,
-        norm_groups: int | None = None,
     ) -> None:
         super().__init__()
         D = expand * hidden_size
@@ -53,7 +51,7 @@ class Mamba2(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(H))
         self.A_log = nn.Parameter(torch.empty(H))
         self.D = nn.Parameter(torch.empty(H))
-        self.norm = GatedRMSNorm(D, eps, num_groups if norm_groups is None else norm_groups)
+        self.norm = GatedRMSNorm(D, eps, num_groups)
         self.out_proj = nn.Linear(D, hidden_size, bias=False)
         self.reset_parameters()
 

@@ -547,13 +547,3 @@ def test_infinity_in_json(tmp_path):
     for low, high, expected in ((0.0, math.inf, None), (0.1, math.inf, [0.1, math.inf]), (0.1, 0.2, [0.1, 0.2])):
         (tmp_path / "config.json").write_text(json.dumps({**config, "time_step_limit": [low, high]}))
         assert models.load(tmp_path).config.mamba2_step_limit == expected
-
-
-@pytest.mark.parametrize("format", ["hugging_face", "state_spaces"])
-def test_a_norm_of_other_groups_has_no_name(tmp_path, format):
-    changes = dict(layer_pattern=["mamba2"], mamba2_head_dim=16, mamba2_num_groups=2, mamba2_norm_groups=1)
-    model = build(ModelConfig(**{**OURS, **changes}, rms_norm_eps=1e-5))
-    with pytest.raises(
-        ValueError, match=f"mamba2_norm_groups is 1, for which format '{format}' has no field; allowed: 2."
-    ):
-        models.save(model, tmp_path / "a", format=format)

@@ -10,7 +10,7 @@ from llmcore.nn import GatedRMSNorm, Mamba2
 OPTIONS = [
     {"head_dim": 8, "state_size": 6},
     {"head_dim": 4, "state_size": 5, "conv_width": 3, "expand": 3, "num_groups": 3, "step_limit": (0.01, 0.9)},
-    {"head_dim": 8, "state_size": 3, "num_groups": 2, "norm_groups": 1},
+    {"head_dim": 8, "state_size": 3, "num_groups": 2},
 ]
 
 

@@ -40,7 +40,7 @@ class Architecture:
     name: what they call it. mixer: what all its layers mix time with; feed_forward: whether they have one.
     fields: what both configurations say.
     only: what llmcore computes for some of their values alone, by name; silence means the first, which is written.
-    implied: fields of ModelConfig for which they have one value and no name; the value of another field, by its name.
+    implied: fields of ModelConfig for which they have one value and no name.
     unread: fields of ModelConfig that such a model does not read, or that are lost there without a change in what it
         computes; the values that they get here.
     ignored: their names that change nothing that is computed from given weights: how these were initialised, how the
@@ -90,8 +90,7 @@ class Architecture:
         given = {f.ours: values.get(f.theirs, f.default) for f in self.fields}
         given = {name: None if value == "auto" else value for name, value in given.items()}
         try:
-            implied = {name: given.get(value, value) for name, value in self.implied.items()}
-            return ModelConfig(layer_pattern=[self.mixer], **{**self.unread, **implied, **given})
+            return ModelConfig(layer_pattern=[self.mixer], **{**self.unread, **self.implied, **given})
         except ValueError as error:
             sentence = str(error).removeprefix("ModelConfig: ")
             for f in self.fields:
@@ -121,7 +120,7 @@ class Architecture:
 
     def require_expressible(self, config: ModelConfig, format: str) -> None:
         for name, value in self.implied.items():
-            given, value = getattr(config, name), getattr(config, value) if isinstance(value, str) else value
+            given = getattr(config, name)
             if given != value:
                 raise ValueError(
                     f"save: {name} is {given}, for which format {format!r} has no field; allowed: {value}."

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from llmcore.models.foreign.architecture import Architecture, Field, Values, refusal
-from llmcore.models.foreign.mambas import NO_LIMIT, NORM_GROUPS, WITHOUT_ATTENTION, read_limit, renames
+from llmcore.models.foreign.mambas import NO_LIMIT, WITHOUT_ATTENTION, read_limit, renames
 
 # transformers' class of each model_type, as `architectures` has it.
 CLASSES = {"mamba": "MambaForCausalLM", "mamba2": "Mamba2ForCausalLM"}
@@ -104,7 +104,6 @@ MAMBA2 = Architecture(
     only=ONLY,
     unread=WITHOUT_ATTENTION,
     ignored=(*IGNORED, "time_step_rank", "chunk_size", "num_heads"),
-    implied=NORM_GROUPS,
     prepare=_read_mamba2,
     finish=_written_mamba2,
 )

@@ -11,8 +11,6 @@ from llmcore.models.foreign.architecture import refusal
 NO_LIMIT = 2**20
 # Fields that such a model does not read, with a value that ModelConfig takes at every hidden_size.
 WITHOUT_ATTENTION = {"num_attention_heads": 1, "head_dim": 64}
-# Their norm takes apart the groups that share B and C.
-NORM_GROUPS = {"mamba2_norm_groups": "mamba2_num_groups"}
 
 
 def renames(embedding: str) -> tuple[tuple[str, str], ...]:

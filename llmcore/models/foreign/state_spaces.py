@@ -12,7 +12,7 @@ import torch
 
 from llmcore.models.files import BINARY
 from llmcore.models.foreign.architecture import Architecture, Field, Values, refusal
-from llmcore.models.foreign.mambas import NO_LIMIT, NORM_GROUPS, WITHOUT_ATTENTION, read_limit, renames
+from llmcore.models.foreign.mambas import NO_LIMIT, WITHOUT_ATTENTION, read_limit, renames
 
 COMMON = (
     Field("d_model", "hidden_size", 2560),
@@ -71,7 +71,6 @@ def _architecture(
     fields: tuple[Field, ...],
     only: Values,
     ignored: tuple[str, ...],
-    implied: Values,
     told: Values,
 ) -> Architecture:
     return Architecture(
@@ -80,7 +79,7 @@ def _architecture(
         fields=(*COMMON, *fields),
         renames=renames("embedding"),
         only={**ONLY, **only},
-        implied={"rms_norm_eps": 1e-5, **implied},
+        implied={"rms_norm_eps": 1e-5},
         unread={**WITHOUT_ATTENTION, "max_position_embeddings": NO_LIMIT},
         ignored=(*IGNORED, *ignored),
         always=ALWAYS,
@@ -103,7 +102,6 @@ MAMBA1 = _architecture(
     ),
     only={},
     ignored=("ssm_cfg.dt_init", "ssm_cfg.dt_scale", "ssm_cfg.use_fast_path"),
-    implied={},
     told={},
 )
 MAMBA2 = _architecture(
@@ -131,7 +129,6 @@ MAMBA2 = _architecture(
         "ssm_cfg.process_group",
         "ssm_cfg.sequence_parallel",
     ),  # fmt: skip
-    implied=NORM_GROUPS,
     told={"layer": "Mamba2"},
 )
 
