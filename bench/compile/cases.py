@@ -16,7 +16,16 @@ from pathlib import Path
 import torch
 
 from bench.compile.ahead_of_time import compile_launches, never_compiled
-from llmcore.kernels import apply_rotary, attention, causal_conv1d, device, rms_norm, selective_scan, swiglu
+from llmcore.kernels import (
+    apply_rotary,
+    attention,
+    causal_conv1d,
+    device,
+    rms_norm,
+    selective_scan,
+    selective_state_update,
+    swiglu,
+)
 
 ROOT = Path(__file__).parents[2]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -100,6 +109,32 @@ def _scan_cases(everything: bool) -> Iterator[Case]:
         yield f"selective_scan {name} {states} {kind}", call
 
 
+def launch_selective_state_update(dtype, state_dtype, heads, states):
+    """heads: (H, P) with a parameter for each head, as Mamba-2 has them, or (1, D) with one for each channel."""
+    H, P = heads
+    state, x, small = (
+        torch.empty(2, *shape, dtype=kind)
+        for shape, kind in (((H, P, states), state_dtype), ((H, P), dtype), ((1, states), dtype))
+    )
+    dt, A, vector = x, torch.empty(H, P, states), torch.empty(H, P)
+    if H > 1:
+        dt = torch.empty(2, H, 1, dtype=dtype).expand(2, H, P)
+        A, vector = torch.empty(H, 1, 1).expand(H, P, states), torch.empty(H, 1).expand(H, P)
+    selective_state_update.selective_state_update(state, x, dt, A, small, small, vector, x, vector, True, x)
+
+
+def _update_cases(everything: bool) -> Iterator[Case]:
+    flat, heads = (1, 1536), (24, 64)
+    chosen = [("fp32", "fp32", flat, 16), ("bf16", "fp32", flat, 16), ("bf16", "fp32", heads, 128)]
+    if everything:
+        chosen += [(name, state, shape, 16) for name in DTYPES for state in DTYPES for shape in (flat, heads)]
+        chosen += [("bf16", "fp32", shape, states) for shape in (flat, heads) for states in (1, 33, 64, 128, 256)]
+        chosen += [("bf16", "bf16", heads, 128)]
+    for name, state, shape, states in dict.fromkeys(chosen):
+        call = partial(launch_selective_state_update, DTYPES[name], DTYPES[state], shape, states)
+        yield f"selective_state_update {name} {state} {'flat' if shape == flat else 'heads'} {states}", call
+
+
 def launch_causal_conv1d(dtype, W, layout, documents):
     """documents: how they are marked, and whether there are states."""
     B, D, L = 1, 512, 1024
@@ -155,7 +190,7 @@ def _row_cases(everything: bool) -> Iterator[Case]:
 
 
 def main(capability: int, everything: bool, only: str = "") -> None:
-    kinds = (_attention_cases, _row_cases, _scan_cases, _causal_conv1d_cases)
+    kinds = (_attention_cases, _row_cases, _scan_cases, _update_cases, _causal_conv1d_cases)
     cases = [case for kind in kinds for case in kind(everything)]
     compiled, kernels = compile_launches(capability, device, [case for case in cases if case[0].startswith(only)])
     names = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))

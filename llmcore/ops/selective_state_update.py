@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmcore.ops import _checks, _native
+from llmcore.ops import _checks, _documents, _native
 from llmcore.ops._dispatch import Op, resolve
 from llmcore.ops._library import operator, public
 
-OP = Op("selective_state_update", kernels=("cpu",))
+OP = Op("selective_state_update", kernels=("triton", "cpu"))
 
 
 def _computed(
@@ -107,7 +107,8 @@ def selective_state_update(
 
     Raises:
         ValueError: shapes or devices that do not fit; on the CPU also a dt that is negative or no number without
-            dt_softplus, before the state is changed. TypeError: a dtype that is not allowed.
+            dt_softplus, before the state is changed (on CUDA only with LLMCORE_CHECK=1). TypeError: a dtype that is not
+            allowed.
     """
     op = "selective_state_update"
     _checks.floating(op, "state", state)
@@ -163,11 +164,12 @@ def _forward(
     dt_softplus: bool,
     backend: str,
 ) -> Tensor:
-    if not dt_softplus and dt.device.type == "cpu" and not bool(((dt if dt_bias is None else dt + dt_bias) >= 0).all()):
-        raise ValueError(
-            "selective_state_update: dt (with dt_bias) has an element that is negative or no number; allowed: at least "
-            "0, or dt_softplus=True."
-        )
+    if not dt_softplus and _documents.values_are_checked(dt):
+        if not bool(((dt if dt_bias is None else dt + dt_bias) >= 0).all()):
+            raise ValueError(
+                "selective_state_update: dt (with dt_bias) has an element that is negative or no number; allowed: at "
+                "least 0, or dt_softplus=True."
+            )
     # The dispatcher does not do this for operators in Python, and the short way does not meet it.
     torch.autograd.graph.increment_version(state)
     y = _native.empty_like(x)
@@ -177,6 +179,11 @@ def _forward(
         computed, new = _computed(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
         state.copy_(new)
         return y.copy_(computed)
+    if backend == "triton":
+        from llmcore.kernels import selective_state_update as kernel
+
+        kernel.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, y)
+        return y
     A, B, C = _native.unit_stride(A), _native.unit_stride(B), _native.unit_stride(C)
     in_place, view = _native.unit_stride(state), _native.view
     _native.module(backend).selective_state_update(

@@ -14,6 +14,7 @@ from llmcore.kernels import (  # noqa: E402
     device,
     rms_norm,
     selective_scan,
+    selective_state_update,
     swiglu,
 )
 
@@ -32,7 +33,7 @@ def architecture(request, monkeypatch) -> str:
 
 def test_row_kernels(architecture):
     row_kernels = (rms_norm.TILES, rms_norm.PREFETCH_BYTES, swiglu.PIECES, apply_rotary.TILES)
-    for table in (*row_kernels, causal_conv1d.TILES, selective_scan.TILES):
+    for table in (*row_kernels, causal_conv1d.TILES, selective_scan.TILES, selective_state_update.TILES):
         assert architecture in table
 
 

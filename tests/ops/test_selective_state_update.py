@@ -71,6 +71,7 @@ def check(backend, values):
         dict(D=6, G=2),
         dict(heads=(4, 8), N=128, G=2),
         dict(heads=(3, 5), G=1),
+        dict(heads=(2, 40), N=200, G=2),
     ],
     ids=str,
 )
@@ -81,6 +82,15 @@ def test_shapes(backend, device, dtype, every, shape):
 @pytest.mark.parametrize("state", DTYPES)
 def test_dtypes_of_the_state(backend, device, state):
     check(backend, inputs(dtype=torch.bfloat16, state=state, device=device, N=16))
+
+
+@pytest.mark.parametrize("turn", range(3))
+def test_a_dtype_for_every_argument(backend, device, turn):
+    values = inputs(2, (2, 6), N=16, G=1, device=device)
+    for i, (name, t) in enumerate(values.items()):
+        if name != "dt_softplus":
+            values[name] = t.to(DTYPES[(i + i // 3 + turn) % 3])
+    check(backend, values)
 
 
 @given(
@@ -95,9 +105,11 @@ def test_expanded_and_strided(backend, device):
     """Mamba-2's parameters are one number per head, expanded to its channels and states."""
     values = inputs(2, (4, 8), N=16, G=1, device=device)
     values["dt"] = values["dt"][:, :, :1].expand(2, 4, 8)
-    values["A"] = values["A"][:, :1, :1].expand(4, 8, 16)
     values["D"], values["dt_bias"] = (values[n][:, :1].expand(4, 8) for n in ("D", "dt_bias"))
-    check(backend, values)
+    of_each = values["A"]
+    for A in (of_each[:, :1], of_each[:, :, :1], of_each[:, :1, :1]):
+        values["A"] = A.expand(4, 8, 16)
+        check(backend, values)
     wide = randn(2, 16, 8, 4, device=device, grad=False)
     values["state"], values["x"] = wide.permute(0, 3, 2, 1), wide[:, 0].transpose(1, 2)
     with llmcore.backend(backend):
@@ -105,6 +117,41 @@ def test_expanded_and_strided(backend, device):
         y = ops.selective_state_update.reference(**{**values, "state": expected})
         torch.testing.assert_close(ops.selective_state_update(**values), y)
         torch.testing.assert_close(values["state"], expected)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_many_small_steps(backend, device, tied):
+    """With decays near 1 the error of each lasts for all steps that follow."""
+    values, count = inputs(1, (1, 6), N=5, G=1, device=device, every=False, softplus=False), 16 if INTERPRETED else 256
+    values["dt"] = values["dt"] / 1024
+    if tied:
+        values["A"] = values["A"][:, :, :1].expand(1, 6, 5)
+
+    def steps(update):
+        return both(lambda state, **others: [update(state, **others) for _ in range(count)][-1])
+
+    with llmcore.backend(backend):
+        update = ops.selective_state_update
+        assert_accurate(steps(update), steps(update.reference), values, backward=False)
+
+
+def test_an_infinite_input_stays_where_it_is(backend, device):
+    if backend == "cpu":
+        pytest.xfail("the C++ kernel sums 0 times infinity in the lanes beyond the last state")
+    values = {n: t if n == "dt_softplus" else t.abs() for n, t in inputs(N=5, device=device).items()}
+    values["x"][0, 1], values["x"][1, 0], values["A"] = float("inf"), float("nan"), -values["A"]
+    check(backend, values)
+
+
+@pytest.mark.parametrize("bad", [-1e-3, float("nan")])
+def test_a_bad_step_leaves_the_state_alone(backend, device, bad, monkeypatch):
+    monkeypatch.setattr("llmcore.ops._documents._CHECK_VALUES_ON_CUDA", True)
+    values = inputs(2, (4, 8), N=16, G=1, device=device, softplus=False)
+    values["dt"][1, 2, 3] = bad - values["dt_bias"][2, 3]
+    before = values["state"].clone()
+    with llmcore.backend(backend), pytest.raises(ValueError, match="negative or no number"):
+        ops.selective_state_update(**values)
+    assert torch.equal(values["state"], before)
 
 
 def test_steps_equal_the_scan(backend, device):
