@@ -29,6 +29,14 @@ LLMCORE_INLINE void store(T* p, vf x, Whole) {
     store(p, x);
 }
 
+// zeros beyond the first lanes, whatever stands there
+LLMCORE_INLINE vf first(vf x, Whole) { return x; }
+LLMCORE_INLINE vf first(vf x, int n) {
+    vi lane;
+    for (int i = 0; i < VL; i++) lane[i] = i;
+    return select(lane < broadcast_int(n), x, zero());
+}
+
 LLMCORE_INLINE void store_halves(void* p, vh x, Whole) { store_bits(p, x); }
 
 // Outputs of this size are out of the caches before anyone reads them. Stores that bypass the caches spare the reading

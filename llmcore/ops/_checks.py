@@ -48,3 +48,8 @@ def like(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor, *, 
             f"{op}: {name} has dtype {name_of(tensor.dtype)}, but {other_name} has {name_of(other.dtype)}; "
             "both must have the same dtype."
         )
+
+
+def at_most_as_wide(t: Tensor, x: Tensor) -> Tensor:
+    """The kernels read any dtype that they compute in, beside an x of any; float64 is the reference's own."""
+    return t.float() if t.dtype == torch.float64 and x.dtype != torch.float64 else t

@@ -112,9 +112,9 @@ def causal_conv1d(
         _checks.like("causal_conv1d", "initial_state", initial_state, "x", x, dtype=False)
     if seq_idx is not None:
         _check_seq_idx(seq_idx, x, initial_state, return_final_state, cu_seqlens)
-    bias, initial_state = (None if t is None else _at_most_as_wide(t, x) for t in (bias, initial_state))
+    bias, initial_state = (None if t is None else _checks.at_most_as_wide(t, x) for t in (bias, initial_state))
     y, final_state = _causal_conv1d(
-        x, _at_most_as_wide(weight, x), bias, initial_state, cu_seqlens, seq_idx, silu, bool(return_final_state),
+        x, _checks.at_most_as_wide(weight, x), bias, initial_state, cu_seqlens, seq_idx, silu, bool(return_final_state),
         resolve("causal_conv1d", x),
     )  # fmt: skip
     return (y, final_state) if return_final_state else y
@@ -159,11 +159,6 @@ def _check_seq_idx(
                 f"causal_conv1d: seq_idx and {name} were given together; allowed: one of them, since documents marked "
                 "by seq_idx have no states."
             )
-
-
-def _at_most_as_wide(t: Tensor, x: Tensor) -> Tensor:
-    """The kernels read any dtype that they compute in; float64 is the reference's own."""
-    return t.float() if t.dtype == torch.float64 and x.dtype != torch.float64 else t
 
 
 def _rows(x: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -462,7 +457,7 @@ def causal_conv1d_update(
             f"causal_conv1d_update: conv_state has dtype float64, but x has {_checks.name_of(x.dtype)}; allowed: a "
             "state that is no wider than float32."
         )
-    weight, bias = _at_most_as_wide(weight, x), None if bias is None else _at_most_as_wide(bias, x)
+    weight, bias = _checks.at_most_as_wide(weight, x), None if bias is None else _checks.at_most_as_wide(bias, x)
     return _causal_conv1d_update(x, conv_state, weight, bias, silu, resolve("causal_conv1d", x))
 
 

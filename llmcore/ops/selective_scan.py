@@ -135,6 +135,8 @@ def selective_scan(
     wide = torch.float64 if u.dtype == torch.float64 else torch.float32
     small = (None if t is None else t.to(wide).contiguous() for t in (D, delta_bias, initial_state))
     D, delta_bias, initial_state = small
+    delta, B, C = (_checks.at_most_as_wide(t, u) for t in (delta, B, C))
+    z = None if z is None else _checks.at_most_as_wide(z, u)
     inputs = (u, delta, A.to(wide).contiguous(), B, C, D, z, delta_bias, initial_state)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)

@@ -135,6 +135,13 @@ def selective_state_update(
     _check_groups(op, "B", B, batch, channels[0], states, flat)
     _check_groups(op, "C", C, batch, channels[0], states, flat)
     _checks.shape(op, "C", C, "B's shape", tuple(B.shape))
+    if state.dtype == torch.float64 and x.dtype != torch.float64:
+        raise TypeError(
+            f"{op}: state has dtype float64, but x has {_checks.name_of(x.dtype)}; allowed beside such an x: a state "
+            "that is no wider than float32."
+        )
+    dt, A, B, C = (_checks.at_most_as_wide(t, x) for t in (dt, A, B, C))
+    D, z, dt_bias = (None if t is None else _checks.at_most_as_wide(t, x) for t in (D, z, dt_bias))
     tensors = _per_head(state, x, dt, A, B, C, D, z, dt_bias)
     return _selective_state_update(*tensors, bool(dt_softplus), resolve(op, x)).view(x.shape)
 
@@ -184,7 +191,8 @@ def _forward(
 
         kernel.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, y)
         return y
-    A, B, C = _native.unit_stride(A), _native.unit_stride(B), _native.unit_stride(C)
+    A = A if A.stride(-1) == 0 else _native.unit_stride(A)
+    B, C = _native.unit_stride(B), _native.unit_stride(C)
     in_place, view = _native.unit_stride(state), _native.view
     _native.module(backend).selective_state_update(
         view(in_place), view(x), view(dt), view(A), view(B), view(C), view(D), view(z), view(dt_bias), view(y),

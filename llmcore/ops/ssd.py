@@ -172,6 +172,8 @@ def ssd(
         _documents.check_numbers("ssd", seq_idx, x, (batch, length))
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     A = A.to(wide).contiguous()
+    dt, B, C = (_checks.at_most_as_wide(t, x) for t in (dt, B, C))
+    z = None if z is None else _checks.at_most_as_wide(z, x)
     D, dt_bias, initial_states = (None if t is None else t.to(wide).contiguous() for t in (D, dt_bias, initial_states))
     cu_seqlens, seq_idx = (None if t is None else t.contiguous() for t in (cu_seqlens, seq_idx))
     y, final_states = _ssd(

@@ -148,6 +148,12 @@ def test_dtypes_may_differ(backend, device):
     check(backend, inputs(2, 5, 70, 4, dtype=torch.float32, device=device, wide=torch.bfloat16))
 
 
+@pytest.mark.parametrize("name", ["delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state"])
+def test_one_of_float64(backend, device, name):
+    values = inputs(2, 5, 9, 4, device=device, initial=True)
+    check(backend, values | {name: values[name].detach().double().requires_grad_()})
+
+
 @pytest.mark.parametrize("split", [1, 63, 64, 65, 127])
 def test_a_state_passed_on_equals_one_call(backend, device, split):
     values = inputs(2, 5, 128, 7, device=device, initial=True)

@@ -136,11 +136,21 @@ def test_many_small_steps(backend, device, tied):
 
 
 def test_an_infinite_input_stays_where_it_is(backend, device):
-    if backend == "cpu":
-        pytest.xfail("the C++ kernel sums 0 times infinity in the lanes beyond the last state")
     values = {n: t if n == "dt_softplus" else t.abs() for n, t in inputs(N=5, device=device).items()}
     values["x"][0, 1], values["x"][1, 0], values["A"] = float("inf"), float("nan"), -values["A"]
     check(backend, values)
+
+
+@pytest.mark.parametrize("name", ["dt", "A", "B", "C", "D", "z", "dt_bias"])
+def test_one_of_float64(backend, device, name):
+    values = inputs(2, (4, 8), N=5, G=2, device=device)
+    check(backend, values | {name: values[name].double()})
+
+
+def test_a_state_of_float64(backend, device):
+    values = inputs(device=device)
+    with llmcore.backend(backend), pytest.raises(TypeError, match="state has dtype float64, but x has float32"):
+        ops.selective_state_update(**values | {"state": values["state"].double()})
 
 
 @pytest.mark.parametrize("bad", [-1e-3, float("nan")])

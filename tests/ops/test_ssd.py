@@ -156,6 +156,12 @@ def test_dtypes_may_differ(backend, device):
     check(backend, inputs(2, 70, 4, 5, 4, dtype=torch.bfloat16, device=device, other=torch.float32))
 
 
+@pytest.mark.parametrize("name", ["dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states"])
+def test_one_of_float64(backend, device, name):
+    values = inputs(2, 9, 4, 5, 3, device=device, initial=True)
+    check(backend, values | {name: values[name].detach().double().requires_grad_()})
+
+
 @pytest.mark.parametrize("split", [1, 63, 64, 65, 127])
 def test_a_state_passed_on_equals_one_call(backend, device, split):
     values = inputs(2, 128, 3, 5, 7, device=device, initial=True)
