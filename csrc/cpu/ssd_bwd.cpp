@@ -63,11 +63,13 @@ LLMCORE_INLINE void row_dots(Matrix a, Matrix b, const Place& at, int columns, f
 }
 
 // weights_ts = L_ts (C_t B_s), spread_ts += L_ts crossed_ts, zeros where s > t, and across_j the sum over s < j <= t of both with
-// one L_ts; crossed_ts = (dy_t x_s) dt_s.
-void weigh(const Decays& d, const BwdWork& w, const Place& at, float* across) {
+// one L_ts; crossed_ts = (dy_t x_s) dt_s. meanwhile(t) for every step.
+template <class F>
+LLMCORE_INLINE void weigh(const Decays& d, const BwdWork& w, const Place& at, float* across, const F& meanwhile) {
     alignas(64) float below[kChunk] = {}, parts[kChunk * VL];  // below: the sums over t >= j
     fill_zero(parts, kChunk * VL);
     for (int t = at.rows() - 1; t >= 0; t--) {
+        if (t < at.steps) meanwhile(t);
         vf sum = zero();
         for (int s = 0; s < at.filled(); s += VL) {
             vf weight = zero();
@@ -197,7 +199,17 @@ void go_back(const BwdProblem& p, const BwdWork& w, const Place& at, int64_t hea
     pack_transposed(w.sent, p_stride, at.filled(), p.p_words(), w.sentT, s_stride);
 
     product_to_lower(Rows{w.dy, p_stride}, {w.inputT, s_stride}, {w.crossed, s_stride}, at.rows(), p.p_words());
-    weigh(d, w, at, across);
+    const int64_t next = head + 1 < p.heads ? head + 1 : head;
+    const FarRows next_x(p.x, at, next, p.head_dim), next_dy(p.dy, at, next, p.head_dim), next_z(p.z, at, next, p.head_dim);
+    const FarRows dx_rows(p.dx, at, head, p.head_dim), dz_rows(p.dz, at, head, p.head_dim);
+    weigh(d, w, at, across, [&](int t) {
+        next_x.ask_for(t);
+        next_dy.ask_for(t);
+        dx_rows.ask_to_write(t);
+        if (!p.z) return;
+        next_z.ask_for(t);
+        dz_rows.ask_to_write(t);
+    });
     if (p.z) {
         product(Rows{w.C, p.n_stride()}, state, y, at.rows(), columns, p.n_words(), keep_nothing);
         product_of_lower(Rows{w.weights, s_stride}, input, y, at.rows(), columns, Keep{d.from_start, 1});
@@ -259,7 +271,8 @@ void keep_states(const BwdProblem& p, const BwdWork& w, const Document& document
             __builtin_memcpy(h, h - heads.count() * size, std::size_t(size) * sizeof(float));
             d.set(p, at, heads.begin + i);
             load_rows(p.x, at, heads.begin + i, p.head_dim, gained);
-            scale_rows(gained, d.gain, at, p.p_vectors(), gained);
+            const FarRows next_x(p.x, at, heads.begin + (i + 1 < heads.count() ? i + 1 : i), p.head_dim);
+            scale_rows(gained, d.gain, at, p.p_vectors(), gained, [&](int t) { next_x.ask_for(t); });
             product(Columns{w.B, p.n_stride()}, gained, {h, p.p_stride()}, p.n_words(), p.p_vectors(), kChunk, Keep{&d.whole, 0});
         }
     }

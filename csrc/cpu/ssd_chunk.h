@@ -84,14 +84,40 @@ __attribute__((noinline)) void store_rows(Matrix from, const View& x, const Plac
     });
 }
 
-// to = diag(factors) from
-LLMCORE_INLINE void scale_rows(Matrix from, const float* factors, const Place& at, int columns, Matrix to) {
+// The rows of a head in x, to be asked for one by one while something else is computed: they lie far apart, which the processor
+// does not foresee.
+struct FarRows {
+    const char* first;
+    int64_t stride, bytes;
+
+    FarRows(const View& x, const Place& at, int64_t of, int64_t n) {
+        const int64_t size = x.dtype == DType::f32 ? 4 : 2;
+        first = static_cast<const char*>(x.data) + (at.sequence * x.stride[0] + at.step * x.stride[1] + of * x.stride[2]) * size;
+        stride = x.stride[1] * size;
+        bytes = n * size;
+    }
+    void ask_for(int t) const {
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(first + t * stride + i, 0, 2);
+    }
+    void ask_to_write(int t) const {
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(first + t * stride + i, 1);
+    }
+};
+
+// to = diag(factors) from; meanwhile(t) for every step
+template <class F>
+LLMCORE_INLINE void scale_rows(Matrix from, const float* factors, const Place& at, int columns, Matrix to, const F& meanwhile) {
     for (int t = 0; t < at.steps; t++) {
+        meanwhile(t);
         for (int v = 0; v < columns; v++) {
             store(to.data + t * to.stride + v * VL, load(from.data + t * from.stride + v * VL) * factors[t]);
         }
     }
     fill_zero(to.data + at.steps * to.stride, (at.filled() - at.steps) * to.stride);
+}
+
+LLMCORE_INLINE void scale_rows(Matrix from, const float* factors, const Place& at, int columns, Matrix to) {
+    scale_rows(from, factors, at, columns, to, [](int) {});
 }
 
 // A head's state (head_dim, states) of a row to (states, head_dim), zeros beyond them, and back; `turn` has room for either.

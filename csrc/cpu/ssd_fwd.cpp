@@ -30,8 +30,10 @@ struct FwdWork {
 };
 
 // weights_ts = L_ts (C_t B_s) dt_s, zeros where s > t
-void set_weights(const Decays& d, const float* products, const Place& at, float* weights) {
+template <class F>
+LLMCORE_INLINE void set_weights(const Decays& d, const float* products, const Place& at, float* weights, const F& meanwhile) {
     for (int t = 0; t < at.rows(); t++) {
+        if (t < at.steps) meanwhile(t);
         for (int s = 0; s < at.filled(); s += VL) {
             vf weight = zero();
             if (s <= t && t < at.steps) {
@@ -70,7 +72,13 @@ bool advance(const Problem& p, const FwdWork& w, const Place& at, int64_t head, 
     const Matrix state = {h, p_stride}, x = {w.x, p_stride}, gained = {w.gained, p_stride}, y = {w.y, p_stride};
     load_rows(p.x, at, head, p.head_dim, x);
     scale_rows(x, d.gain, at, p.p_vectors(), gained);
-    set_weights(d, w.products, at, w.weights);
+    const int64_t next = head + 1 < p.heads ? head + 1 : head;
+    const FarRows next_x(p.x, at, next, p.head_dim), z_rows(p.z, at, head, p.head_dim), y_rows(out, at, head, p.head_dim);
+    set_weights(d, w.products, at, w.weights, [&](int t) {
+        next_x.ask_for(t);
+        if (p.z) z_rows.ask_for(t);
+        y_rows.ask_to_write(t);
+    });
     product(Rows{w.C, n_stride}, state, y, at.rows(), p.p_vectors(), p.n_words(), keep_nothing);
     product_of_lower(Rows{w.weights, s_stride}, x, y, at.rows(), p.p_vectors(), Keep{d.from_start, 1});
     product(Columns{w.B, n_stride}, gained, state, p.n_words(), p.p_vectors(), at.rows(), Keep{&d.whole, 0});
