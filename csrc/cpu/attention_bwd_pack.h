@@ -62,7 +62,7 @@ void pack_queries(Floats m, const Problem& p, const Operand& x, Row row, int row
     }
     const int padded = vectors(rows) * VL;
     fill_zero(to + rows * stride, (padded - rows) * stride);
-    pack_transposed(to, stride, padded, n, columns);
+    pack_transposed(to, stride, padded, n, columns, block_rows);
 }
 
 template <class T>
@@ -81,7 +81,7 @@ void pack_queries(Bf16Pairs m, const Problem& p, const Operand& x, Row row, int 
     }
     const int padded = vectors(rows) * VL;
     fill_zero(words + rows * words_stride, (padded - rows) * words_stride);
-    pack_transposed(words, words_stride, padded, n / 2, columns);
+    pack_transposed(words, words_stride, padded, n / 2, columns, block_rows);
 }
 
 // dout_i . out_i, summed in the same order as the products dout_i . v_j: for a row that sees one key, whose out is v_j, they are

@@ -165,7 +165,7 @@ void attend_block(const Problem& p, const Operand& q, const FwdBlock<M>& w, int6
         for (int i = 0; i < p.rows_of(block + 1); ++i, row.next()) prefetch_row(p.query<T>(q, row), p.D);
     }
     fill_zero(w.q_rows + rows * q_stride, (columns - rows) * q_stride);
-    pack_transposed(w.q_rows, q_stride, columns, M::words(p.D), w.q);
+    pack_transposed(w.q_rows, q_stride, columns, M::words(p.D), w.q, block_rows);
     w.begin(p);
     for (int first = begin; first < end; first += M::tile_keys) {
         const int keys = int(least(end - first, M::tile_keys));

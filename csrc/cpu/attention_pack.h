@@ -1,62 +1,16 @@
-// Working memory, and the operands of attention packed for the register tiles.
+// The operands of attention packed for the register tiles.
 #pragma once
 
-#include <new>
 #include <type_traits>
 
 #include "cpu/attention_problem.h"
+#include "cpu/pack.h"
 
 namespace llmcore::LLMCORE_ISA {
 namespace {
 
-// Distance of rows of n words: whole vectors, and not a multiple of 512 bytes, where a column of rows would fall into few sets of
-// the cache.
-LLMCORE_INLINE int64_t leading(int64_t n) {
-    const int64_t padded = (n + VL - 1) / VL * VL;
-    return padded % 128 == 0 ? padded + 16 : padded;
-}
-
-LLMCORE_INLINE int vectors(int64_t n) { return int((n + VL - 1) / VL); }
-
-// Hands out arrays from `base` on, each at a multiple of 64 bytes.
-struct Layout {
-    std::uintptr_t base;
-    std::size_t used = 0;
-
-    template <class T>
-    T* take(int64_t count) {
-        T* p = (T*)(base + used);
-        used += (std::size_t(count) * sizeof(T) + 63) / 64 * 64;
-        return p;
-    }
-};
-
-// n times the arrays of a Part, whose place() takes them from a layout; not initialised.
 template <class Part>
-class Parts {
-public:
-    Parts(const Problem& p, int64_t n) : problem(p) {
-        Layout measure{0};
-        Part().place(measure, p);
-        size = measure.used;
-        memory = ::operator new(size * std::size_t(n), std::align_val_t(64));
-    }
-    ~Parts() { ::operator delete(memory, std::align_val_t(64)); }
-    Parts(const Parts&) = delete;
-    Parts& operator=(const Parts&) = delete;
-
-    Part at(int64_t i) const {
-        Layout layout{(std::uintptr_t)memory + std::size_t(i) * size};
-        Part part;
-        part.place(layout, problem);
-        return part;
-    }
-
-private:
-    const Problem& problem;
-    std::size_t size;
-    void* memory;
-};
+using Parts = PartsOf<Part, Problem>;
 
 // The products to use for an element type.
 template <class T>
@@ -74,11 +28,6 @@ struct Products<bf16_t> {
     using type = Bf16Pairs;
 };
 #endif
-
-template <class W>
-LLMCORE_INLINE void fill_zero(W* p, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) p[i] = W{};
-}
 
 // One row of n elements as words; zeros to the end of its last vector.
 template <class T>
@@ -110,13 +59,6 @@ LLMCORE_INLINE void write_scaled(const float* from, float factor, int64_t n, T* 
     int64_t i = 0;
     for (; i + VL <= n; i += VL) store(to + i, load(from + i) * factor);
     if (i < n) store(to + i, load(from + i) * factor, int(n - i));
-}
-
-// The words of `rows` rows (a multiple of VL; `words` of 4), transposed: to[word][row], block_rows apart.
-template <class W>
-LLMCORE_INLINE void pack_transposed(const W* from, int64_t stride, int64_t rows, int64_t words, W* to) {
-    for (int64_t r = 0; r < rows; r += VL)
-        for (int64_t w = 0; w < words; w += 4) transpose_to_vectors(from + r * stride + w, stride, to + w * block_rows + r, block_rows);
 }
 
 // Rows lie far apart: the processor does not foresee them.

@@ -124,8 +124,5 @@ LLMCORE_INLINE bool worth_threads(const Problem& p) {
     return double(p.items()) * double(p.rows()) * double(p.Tk) * double(p.D + p.Dv) > 4e5;
 }
 
-// Whether n equal parts, each on one thread, keep the threads at least nine tenths busy.
-LLMCORE_INLINE bool is_balanced(int64_t n, int64_t threads) { return 10 * n >= 9 * ((n + threads - 1) / threads * threads); }
-
 }  // namespace
 }  // namespace llmcore::LLMCORE_ISA

@@ -1,29 +1,20 @@
 // Register tiles: the matrix products of attention on blocks that lie in the cache.
 //
 // Scores are kept transposed, S^T = K Q^T: the lanes of a vector are queries, so that the softmax needs no sums across lanes, and
-// a key's row is read one word at a time, as it lies in memory. A word is a float, or two bf16 for the products that AVX512_BF16
-// has; such a pair runs along the dimension that the product sums over.
+// a key's row is read one word at a time, as it lies in memory.
 //
-//   tile_rows     rows of C that one tile computes from broadcast words; times 2 vectors they fill the registers
 //   block_rows    queries of a block, a multiple of tile_rows and of 2 vectors
 //   block_keys    keys of a block, a multiple of tile_rows and even
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/register_tile.h"
 #include "cpu/tiles_amx.h"
 
 namespace llmcore::LLMCORE_ISA {
 namespace {
 
-#if LLMCORE_VECTOR_BYTES == 64 || defined(LLMCORE_NEON)  // 32 registers, otherwise 16
-constexpr int tile_rows = 12;
-#else
-constexpr int tile_rows = 6;
-#endif
 constexpr int block_rows = VL == 16 ? 96 : 48;
 constexpr int block_keys = 72;
-
-constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 struct Floats {
     using Word = float;
@@ -48,17 +39,6 @@ struct Bf16Tiles : Bf16Pairs {  // of AMX: attention_amx.h
     static constexpr int padded_keys(int n) { return round_up(n, 32); }
     static constexpr int64_t words(int64_t n) { return (n / 2 + 15) / 16 * 16; }
 };
-
-LLMCORE_INLINE vf multiply_add(vf a, vf b, vf c) { return fmadd(a, b, c); }
-
-LLMCORE_INLINE vf multiply_add(vu a, vu b, vf c) {
-#if defined(LLMCORE_AVX512) && defined(__AVX512BF16__)
-    return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
-#else
-    c = fmadd((vf)(a & 0xffff0000u), (vf)(b & 0xffff0000u), c);
-    return fmadd((vf)(a << 16), (vf)(b << 16), c);
-#endif
-}
 
 // bf16 is multiplied in pairs only where that is an instruction, or where a test asks for it
 #if (defined(LLMCORE_AVX512) && defined(__AVX512BF16__)) || defined(LLMCORE_EMULATE_BF16_DOT)
@@ -88,29 +68,6 @@ LLMCORE_INLINE vu round_to_pairs(vf even, vf odd) {
 #endif
 }
 
-template <int N>
-using Tile = vf[tile_rows][N];
-
-template <int N>
-LLMCORE_INLINE void clear_tile(Tile<N>& c) {
-    for (int i = 0; i < tile_rows; ++i)
-        for (int v = 0; v < N; ++v) c[i][v] = zero();
-}
-
-// c += a b for one word of the summed dimension: tile_rows words of a, N vectors of b
-template <class M, int N>
-LLMCORE_INLINE void multiply_word(Tile<N>& c, const typename M::Word* a, int64_t a_stride, const typename M::Word* b) {
-    typename M::Words row[N];
-    for (int v = 0; v < N; ++v) row[v] = load_bits<typename M::Words>(b + v * VL);
-    for (int i = 0; i < tile_rows; ++i) {
-        const typename M::Words x = a[i * a_stride] - typename M::Words{};
-        for (int v = 0; v < N; ++v) c[i][v] = multiply_add(x, row[v], c[i][v]);
-    }
-}
-
-// Long sums are made of parts: the shorter a chain of additions, the smaller its error.
-LLMCORE_INLINE int64_t sum_part(int64_t words) { return words > 128 ? 64 : words; }
-
 // C = factor A B. A: tile_rows x words (a multiple of 4, not 0); B: words x N vectors, C: tile_rows x N vectors, rows block_rows
 // apart.
 template <class M, int N>
@@ -120,10 +77,10 @@ __attribute__((noinline)) void score_tile(int64_t words, const typename M::Word*
     for (int64_t from = 0; from < words; from += part) {
         const int64_t to = from + part < words ? from + part : words;
         Tile<N> acc;
-        clear_tile<N>(acc);
+        clear_tile(acc);
         int64_t k = from;
         do {
-            for (int u = 0; u < 4; ++u) multiply_word<M, N>(acc, a + k + u, a_stride, b + (k + u) * block_rows);
+            for (int u = 0; u < 4; ++u) multiply_word(acc, a + k + u, a_stride, b + (k + u) * block_rows);
             k += 4;
         } while (k < to);
         for (int i = 0; i < tile_rows; ++i) {
@@ -141,10 +98,10 @@ template <class M, int N>
 __attribute__((noinline)) void weighted_sum_tile(int64_t words, const typename M::Word* a, const typename M::Word* b,
                                                  int64_t b_stride, float* c, int64_t c_stride, const float* scale) {
     Tile<N> acc;
-    clear_tile<N>(acc);
+    clear_tile(acc);
     if (words < 1) __builtin_unreachable();  // or the compiler keeps the sums in memory too, for an empty loop
 #pragma GCC unroll 4
-    for (int64_t k = 0; k < words; ++k) multiply_word<M, N>(acc, a + k * block_rows, 1, b + k * b_stride);
+    for (int64_t k = 0; k < words; ++k) multiply_word(acc, a + k * block_rows, 1, b + k * b_stride);
     for (int i = 0; i < tile_rows; ++i) {
         const vf factor = broadcast(scale == nullptr ? 1.0f : scale[i]);
         for (int v = 0; v < N; ++v) {
@@ -159,29 +116,16 @@ template <class M, int N>
 __attribute__((noinline)) void gradient_tile(int64_t words, const typename M::Word* a, const typename M::Word* b,
                                              int64_t b_stride, float* c, int64_t c_stride) {
     Tile<N> acc;
-    clear_tile<N>(acc);
+    clear_tile(acc);
     if (words < 1) __builtin_unreachable();  // or the compiler keeps the sums in memory too, for an empty loop
 #pragma GCC unroll 4
-    for (int64_t k = 0; k < words; ++k) multiply_word<M, N>(acc, a + k, block_rows / M::per_word, b + k * b_stride);
+    for (int64_t k = 0; k < words; ++k) multiply_word(acc, a + k, block_rows / M::per_word, b + k * b_stride);
     for (int i = 0; i < tile_rows; ++i) {
         for (int v = 0; v < N; ++v) {
             float* to = c + i * c_stride + v * VL;
             store(to, load(to) + acc[i][v]);
         }
     }
-}
-
-template <int N>
-struct Count {
-    static constexpr int value = N;
-};
-
-// f(Count<N>, first vector) for vectors two by two, the last alone where their number is odd
-template <class F>
-LLMCORE_INLINE void by_twos(int vectors, const F& f) {
-    int v = 0;
-    for (; v + 2 <= vectors; v += 2) f(Count<2>{}, v);
-    if (v < vectors) f(Count<1>{}, v);
 }
 
 }  // namespace

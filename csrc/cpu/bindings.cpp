@@ -74,6 +74,8 @@ PYBIND11_MODULE(_cpu, m) {
     bind(m, "causal_conv1d_fwd", level.kernels->causal_conv1d_fwd);
     bind(m, "causal_conv1d_bwd", level.kernels->causal_conv1d_bwd);
     bind(m, "causal_conv1d_update", level.kernels->causal_conv1d_update);
+    bind(m, "ssd_fwd", level.kernels->ssd_fwd);
+    bind(m, "ssd_bwd", level.kernels->ssd_bwd);
 
     m.def("isa", [name = level.name] { return name; }, "The instruction-set level in use.");
     m.def(

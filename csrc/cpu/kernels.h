@@ -11,6 +11,7 @@
 #include "cpu/attention.h"
 #include "cpu/causal_conv1d.h"
 #include "cpu/selective_scan.h"
+#include "cpu/ssd.h"
 
 namespace llmcore {
 
@@ -53,6 +54,8 @@ struct Kernels {
     CausalConv1dFwd* causal_conv1d_fwd;
     CausalConv1dBwd* causal_conv1d_bwd;
     CausalConv1dUpdate* causal_conv1d_update;
+    SsdFwd* ssd_fwd;
+    SsdBwd* ssd_bwd;
 };
 
 #if defined(LLMCORE_ISA)

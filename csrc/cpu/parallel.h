@@ -37,6 +37,9 @@ LLMCORE_INLINE int num_threads() {
 #endif
 }
 
+// Whether n equal parts, each on one thread, keep the threads at least nine tenths busy.
+LLMCORE_INLINE bool is_balanced(int64_t n, int64_t threads) { return 10 * n >= 9 * ((n + threads - 1) / threads * threads); }
+
 // f(thread, threads) on every thread, or f(0, 1) where `concurrent` is false. At most max_threads() threads.
 template <class F>
 LLMCORE_INLINE void parallel(bool concurrent, const F& f) {

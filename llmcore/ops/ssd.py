@@ -28,7 +28,7 @@ from llmcore.ops import _checks, _documents, _native
 from llmcore.ops._dispatch import Op, resolve
 from llmcore.ops._library import operator, public
 
-OP = Op("ssd", kernels=())
+OP = Op("ssd", kernels=("cpu",))
 
 Result = Tensor | tuple[Tensor, Tensor]
 
@@ -239,6 +239,28 @@ def _forward(
             y, final,
         )  # fmt: skip
         return y, final
+    if backend == "cpu":
+        _require_steps(
+            _forward_cpu(
+                x,
+                dt,
+                A,
+                B,
+                C,
+                D,
+                z,
+                dt_bias,
+                initial_states,
+                cu_seqlens,
+                seq_idx,
+                dt_softplus,
+                dt_min,
+                dt_max,
+                y,
+                final,
+            )
+        )
+        return y, final
     raise AssertionError(backend)
 
 
@@ -351,6 +373,46 @@ def _forward_torch(
             final[last] = h
 
 
+def _forward_cpu(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_idx: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    y: Tensor,
+    final: Tensor,
+) -> bool:
+    """Whether a step is no number."""
+    view = _native.view
+    documents = _documents.table(x, cu_seqlens, seq_idx)
+    x, B, C, D, z = _as_read(x, B, C, D, z, x.shape)
+    return bool(
+        _native.module("cpu").ssd_fwd(
+            view(x), view(dt), view(A), view(B), view(C), view(D), view(z), view(dt_bias), view(initial_states),
+            view(documents), view(y), view(final), len(documents), *x.shape[2:], B.shape[3], B.shape[2], dt_softplus,
+            dt_min, dt_max,
+        )
+    )  # fmt: skip
+
+
+def _as_read(
+    x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, shape: torch.Size
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The tensors as the C++ kernels take them: last dimensions contiguous, D (H, P)."""
+    unit = _native.unit_stride
+    D = D if D is None or D.dim() == 2 else D[:, None].expand(shape[2:]).contiguous()
+    return unit(x), unit(B), unit(C), D, None if z is None else unit(z)
+
+
 def _gated(x: Tensor, y: Tensor, D: Tensor | None, z: Tensor | None, at: Any) -> Tensor:
     y = y if D is None else y + D.reshape(x.shape[2], -1) * x.to(D.dtype)
     return y if z is None else y * F.silu(z[at].to(y.dtype))
@@ -388,6 +450,11 @@ def _backward(
         return _backward_torch(
             dy, x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, seq_idx, chunk_size, dt_softplus, dt_min,
             dt_max, dinitial,
+        )  # fmt: skip
+    if backend == "cpu":
+        return _backward_cpu(
+            dy, dfinal, x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, seq_idx, dt_softplus, dt_min, dt_max,
+            dinitial,
         )  # fmt: skip
     raise AssertionError(backend)
 
@@ -471,6 +538,58 @@ def _backward_torch(
     absent = A.new_empty(0)
     gradients = (dx, draw.to(dt.dtype), dA, dB, dC, dD, dz, None if dt_bias is None else draw.sum((0, 1)))
     return (*(absent if gradient is None else gradient for gradient in gradients), dinitial)
+
+
+def _backward_cpu(
+    dy: Tensor,
+    dfinal: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_idx: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    dinitial: Tensor,
+) -> tuple[Tensor, ...]:
+    """dinitial holds dfinal where a document has no step, and gets the gradient of the initial states."""
+    view = _native.view
+    documents = _documents.table(x, cu_seqlens, seq_idx)
+    D_is_wide = D is not None and D.dim() == 2
+    x, B, C, D, z = _as_read(x, B, C, D, z, x.shape)
+    dy, dfinal = _native.unit_stride(dy), None if dfinal is None else dfinal.contiguous()
+    heads, head_dim, groups, states = *x.shape[2:], *B.shape[2:]
+    # Sums over the documents, or over the threads' shares of a group's heads, are left to PyTorch.
+    threads = torch.get_num_threads()
+    items = len(documents) * groups
+    shares = max(1, min(threads // items, heads // groups))
+    parts = min(threads, items * shares)
+    dx, ddt = _native.empty_like(x), _native.empty_like(dt)
+    dz = None if z is None else _native.empty_like(z)
+    dA, dB, dC = A.new_empty(parts, heads), A.new_empty(shares, *B.shape), A.new_empty(shares, *C.shape)
+    dD = None if D is None else A.new_empty(parts, heads, head_dim)
+    dbias = None if dt_bias is None else A.new_empty(parts, heads)
+    _native.module("cpu").ssd_bwd(
+        view(dy), view(dfinal), view(x), view(dt), view(A), view(B), view(C), view(D), view(z), view(dt_bias),
+        view(initial_states), view(documents), view(dx), view(ddt), view(dA), view(dB), view(dC), view(dD), view(dz),
+        view(dbias), view(dinitial), len(documents), heads, head_dim, states, groups, shares, parts, dt_softplus,
+        dt_min, dt_max,
+    )  # fmt: skip
+    dB, dC = ((d[0] if shares == 1 else d.sum(0)).to(t.dtype) for d, t in ((dB, B), (dC, C)))
+    absent = A.new_empty(0)
+    if dD is not None:
+        dD = dD.sum(0) if D_is_wide else dD.sum((0, 2))
+    return (
+        dx, ddt, dA.sum(0), dB, dC, absent if dD is None else dD, absent if dz is None else dz,
+        absent if dbias is None else dbias.sum(0), dinitial,
+    )  # fmt: skip
 
 
 def _per_group(t: Tensor, groups: int) -> Tensor:
