@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from . import device
+from .scan_math import decay_of, sigmoid, softplus
 
 CHUNK = 64
 # Per architecture, forward and backward: elements of a tile, and elements per warp.
@@ -29,31 +30,6 @@ SEGMENT = 8 * CHUNK  # steps, where a sequence is cut
 @triton.jit
 def _combine(a_left, x_left, a_right, x_right):
     return a_right * a_left, a_right * x_left + x_right
-
-
-@triton.jit
-def _decay(x):
-    """e^x; near 1, where every rounding lasts for many steps, to better than the processor's own two ulp."""
-    near_one = 1 + x * (1 + x * (0.5 + x * (1.0 / 6 + x * (1.0 / 24))))
-    return tl.where(tl.abs(x) < 0.0625, near_one, tl.exp(x))
-
-
-@triton.jit
-def _softplus(x):
-    """max(x, 0) + log(1 + e^-|x|), the logarithm as 2 atanh(e / (2 + e)), so that a small one keeps its digits."""
-    e = tl.exp(-tl.abs(x))
-    s = e / (2 + e)
-    w = s * s
-    p = 1.0 / 15
-    for i in tl.static_range(6):
-        p = p * w + 1.0 / (13 - 2 * i)
-    return tl.maximum(x, 0.0) + 2 * (s + s * w * p)
-
-
-@triton.jit
-def _sigmoid(x):
-    e = tl.exp(-tl.abs(x))
-    return tl.where(x < 0, e, 1.0) / (1 + e)
 
 
 @triton.jit
@@ -135,7 +111,7 @@ def selective_scan_fwd_kernel(
             + bias
         )
         if SOFTPLUS:
-            dt = _softplus(dt)
+            dt = softplus(dt)
         dt = tl.where(mask, dt, 0.0)  # a step beyond the end leaves the state as it is
         u = _wide(_block(u_ptr, batch, channel, first, i, t, u_stride_b, u_stride_d, u_stride_t), mask)
         time = first + tl.arange(0, CHUNK)[:, None]
@@ -155,7 +131,7 @@ def selective_scan_fwd_kernel(
             ),
             of_states,
         )
-        a = _decay(dt[:, :, None] * A[:, None, :])
+        a = decay_of(dt[:, :, None] * A[:, None, :])
         x = (dt * u)[:, :, None] * B[None, :, :]
         if starts_ptr is not None:
             document = tl.load(starts_ptr + step, mask=step < length, other=-1)[:, :, None]
@@ -194,7 +170,7 @@ def selective_scan_fwd_kernel(
                 y += tl.load(D_ptr + channel + i, mask=there, other=0.0) * u
             if z_ptr is not None:
                 z = _wide(_block(z_ptr, batch, channel, first, i, t, z_stride_b, z_stride_d, z_stride_t), mask)
-                y *= z * _sigmoid(z)
+                y *= z * sigmoid(z)
             place = _block(y_ptr, batch, channel, first, i, t, y_stride_b, y_stride_d, y_stride_t)
             tl.store(place, y.to(y_ptr.dtype.element_ty), mask=mask)
     if leaving_ptr is not None:
@@ -277,7 +253,7 @@ def selective_scan_bwd_kernel(
         before = _wide(at_delta - delta_stride_t, there & (step > first) & (step <= length)) + bias
         dt = raw
         if SOFTPLUS:
-            dt, after, before = _softplus(raw), _softplus(after), _softplus(before)
+            dt, after, before = softplus(raw), softplus(after), softplus(before)
         dt = tl.where(mask, dt, 0.0)
         time = first + tl.arange(0, CHUNK)[:, None]
         of_states = (time < length) & (state < states)
@@ -312,11 +288,11 @@ def selective_scan_bwd_kernel(
         dy = dout
         if z_ptr is not None:
             z = _wide(_block(z_ptr, batch, channel, first, i, t, z_stride_b, z_stride_d, z_stride_t), mask)
-            dy = dout * z * _sigmoid(z)
+            dy = dout * z * sigmoid(z)
 
         # dh_t = C_t dy_t + a_t+1 dh_t+1, from the last step back, to which the chunk after this one adds its e
         dh = dy[:, :, None] * C[None, :, :]
-        a_after = _decay(tl.where(step + 1 < length, after, 0.0)[:, :, None] * A[:, None, :])
+        a_after = decay_of(tl.where(step + 1 < length, after, 0.0)[:, :, None] * A[:, None, :])
         is_last = (tl.arange(0, CHUNK) == CHUNK - 1)[None, :, None]
         is_first = (tl.arange(0, CHUNK) == 0)[None, :, None]
         a_after = tl.where(is_last, 1.0, a_after)
@@ -329,7 +305,7 @@ def selective_scan_bwd_kernel(
         a_after, dh = tl.associative_scan((a_after, dh), 1, _combine, reverse=True)
         dh += a_after * e[:, None, :]
 
-        a = _decay(dt[:, :, None] * A[:, None, :])
+        a = decay_of(dt[:, :, None] * A[:, None, :])
         if starts_ptr is not None:
             start = tl.load(starts_ptr + step, mask=step < length, other=-1)[:, :, None]
         e_all = a * dh
@@ -355,7 +331,7 @@ def selective_scan_bwd_kernel(
             u_before = _wide(at_u, there & (step > first) & (step <= length))
             B_before = _wide(at_B - B_stride_t, (time > first) & (time <= length) & (state < states))
             before = tl.where((step > first) & (step <= length), before, 0.0)
-            a_before = _decay(before[:, :, None] * A[:, None, :])
+            a_before = decay_of(before[:, :, None] * A[:, None, :])
             x = (before * u_before)[:, :, None] * B_before[None, :, :]
             row = ((batch * chunks + first // CHUNK) * states * channels + channel) + (state * channels + i)
             saved = tl.load(saved_ptr + row, mask=known & (first > 0), other=0.0)
@@ -376,7 +352,7 @@ def selective_scan_bwd_kernel(
             dA += tl.sum(slope * dt[:, :, None], 1)
             ddt = tl.sum(slope * A[:, None, :], 2) + gain * u
             if SOFTPLUS:
-                ddt *= _sigmoid(raw)
+                ddt *= sigmoid(raw)
             ddt = tl.where(mask, ddt, 0.0)
             dbias += tl.sum(ddt, 1, keep_dims=True)
             dD += tl.sum(dy * u, 1, keep_dims=True)
@@ -388,7 +364,7 @@ def selective_scan_bwd_kernel(
             tl.store(at_ddelta, ddt.to(ddelta_ptr.dtype.element_ty), mask=mask)
             h = a * h_before + (dt * u)[:, :, None] * B[None, :, :]
             if z_ptr is not None:
-                p = _sigmoid(z)
+                p = sigmoid(z)
                 y = tl.sum(h * C[None, :, :], 2) + skip * u
                 dz = dout * y * p * (1 + z * (1 - p))
                 at_dz = _block(dz_ptr, batch, channel, first, i, t, dz_stride_b, dz_stride_d, dz_stride_t)

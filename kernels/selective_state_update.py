@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from . import device
-from .selective_scan import _decay, _sigmoid, _softplus, _wide
+from .scan_math import decay_of, sigmoid, softplus
+from .selective_scan import _wide
 
 # Per architecture: elements of a program's tile, and of a warp. 128 float32 are 16 bytes a thread.
 TILES = {
@@ -49,11 +50,11 @@ def selective_state_update_kernel(
     if bias_ptr is not None:
         dt += _wide(_at(bias_ptr, batch, head, channel, 0, bias_stride_h, bias_stride_p), there)
     if SOFTPLUS:
-        dt = _softplus(dt)
+        dt = softplus(dt)
     x = _wide(_at(x_ptr, batch, head, channel, x_stride_b, x_stride_h, x_stride_p), there)
     a = tl.arange(0, BLOCK_A)[None, :].to(tl.int64)
     at_A = _at(A_ptr, batch, head, channel, 0, A_stride_h, A_stride_p) + a * A_stride_n
-    decay = _decay(dt * _wide(at_A, there & (a < states)))
+    decay = decay_of(dt * _wide(at_A, there & (a < states)))
     group = head // group_heads
     B = _wide(_at(B_ptr, batch, group, n, B_stride_b, B_stride_g, B_stride_n), n < states)
     C = _wide(_at(C_ptr, batch, group, n, C_stride_b, C_stride_g, C_stride_n), n < states)
@@ -64,7 +65,7 @@ def selective_state_update_kernel(
         y += _wide(_at(D_ptr, batch, head, channel, 0, D_stride_h, D_stride_p), there) * x
     if z_ptr is not None:
         z = _wide(_at(z_ptr, batch, head, channel, z_stride_b, z_stride_h, z_stride_p), there)
-        y *= z * _sigmoid(z)
+        y *= z * sigmoid(z)
     tl.store(y_ptr + (batch * heads + head) * channels + channel, y.to(y_ptr.dtype.element_ty), mask=there)
     tl.debug_barrier()  # an x that is a view of the state has been read by all threads
     tl.store(place, new.to(state_ptr.dtype.element_ty), mask=known)

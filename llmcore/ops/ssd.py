@@ -28,7 +28,7 @@ from llmcore.ops import _checks, _documents, _native
 from llmcore.ops._dispatch import Op, resolve
 from llmcore.ops._library import operator, public
 
-OP = Op("ssd", kernels=("cpu",))
+OP = Op("ssd", kernels=("triton", "cpu"))
 
 Result = Tensor | tuple[Tensor, Tensor]
 
@@ -239,29 +239,33 @@ def _forward(
             y, final,
         )  # fmt: skip
         return y, final
-    if backend == "cpu":
-        _require_steps(
-            _forward_cpu(
-                x,
-                dt,
-                A,
-                B,
-                C,
-                D,
-                z,
-                dt_bias,
-                initial_states,
-                cu_seqlens,
-                seq_idx,
-                dt_softplus,
-                dt_min,
-                dt_max,
-                y,
-                final,
-            )
-        )
+    if backend == "triton":
+        from llmcore.kernels import ssd as kernel
+
+        if not dt_softplus and _documents.values_are_checked(x):
+            _require_steps(bool(_step(dt, dt_bias, False, dt_min, dt_max, A.dtype)[0].isnan().any()))
+        kernel.ssd_fwd(
+            *_readable(x, dt, A, B, C, D, z), dt_bias, initial_states, _rows(x, cu_seqlens, seq_idx), dt_softplus,
+            dt_min, dt_max, y, final,
+        )  # fmt: skip
         return y, final
-    raise AssertionError(backend)
+    bad = _forward_cpu(
+        x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, seq_idx, dt_softplus, dt_min, dt_max, y, final
+    )
+    _require_steps(bad)
+    return y, final
+
+
+def _readable(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """As kernels read them: what has a head or a group of numbers for each step has them side by side."""
+    near = _native.unit_stride
+    return near(x), dt, A, near(B), near(C), D, None if z is None else near(z)
+
+
+def _rows(x: Tensor, cu_seqlens: Tensor | None, seq_idx: Tensor | None) -> Tensor | None:
+    return None if cu_seqlens is None and seq_idx is None else _documents.table(x, cu_seqlens, seq_idx)
 
 
 def _fake(
@@ -451,12 +455,20 @@ def _backward(
             dy, x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, seq_idx, chunk_size, dt_softplus, dt_min,
             dt_max, dinitial,
         )  # fmt: skip
-    if backend == "cpu":
-        return _backward_cpu(
-            dy, dfinal, x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, seq_idx, dt_softplus, dt_min, dt_max,
-            dinitial,
+    if backend == "triton":
+        from llmcore.kernels import ssd as kernel
+
+        gradients = kernel.ssd_bwd(
+            _native.unit_stride(dy), None if dfinal is None else dfinal.contiguous(),
+            *_readable(x, dt, A, B, C, D, z), dt_bias, initial_states, _rows(x, cu_seqlens, seq_idx), dt_softplus,
+            dt_min, dt_max, dinitial,
         )  # fmt: skip
-    raise AssertionError(backend)
+        absent = A.new_empty(0)
+        return (*(absent if gradient is None else gradient for gradient in gradients), dinitial)
+    return _backward_cpu(
+        dy, dfinal, x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, seq_idx, dt_softplus, dt_min, dt_max,
+        dinitial,
+    )  # fmt: skip
 
 
 def _backward_torch(

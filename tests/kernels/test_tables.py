@@ -15,6 +15,7 @@ from llmcore.kernels import (  # noqa: E402
     rms_norm,
     selective_scan,
     selective_state_update,
+    ssd_tiles,
     swiglu,
 )
 
@@ -53,6 +54,26 @@ def test_attention(architecture, dtype, precision):
                     assert keywords["BLOCK_D"] >= size and keywords["BLOCK_DV"] == 16
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_ssd(architecture, dtype):
+    for P, N in ((1, 1), (64, 128), (80, 16), (3, 256), (256, 256)):
+        plan = ssd_tiles.plan(torch.empty(2, 300, 4, P, dtype=dtype), torch.empty(2, 300, 2, N, dtype=dtype), None)
+        chunk, block, slab, *_ = plan.tile
+        assert chunk % block == 0 and min(block, slab) >= 16 and plan.num_chunks == 2 * -(-300 // chunk)
+
+
+def test_chunks_end_where_documents_end():
+    """The table that the kernels read, from the documents of two sequences; the last rows are for chunks there are none of."""
+    documents = torch.tensor([[0, 0, 70, 0, -1], [0, 70, 100, -1, 0], [1, 0, 0, 1, -1], [1, 0, 100, -1, 1]])
+    plan = ssd_tiles.plan(torch.empty(2, 100, 1, 4), torch.empty(2, 100, 1, 4), documents)
+    assert plan.chunks is not None and plan.documents is not None and plan.tile.chunk == 64
+    expected = [[0, 0, 64], [0, 64, 6], [0, 70, 30], [1, 0, 64], [1, 64, 36]]
+    assert (
+        plan.chunks[:5].tolist() == expected and plan.chunks[5:, 2].eq(0).all() and len(plan.chunks) == plan.num_chunks
+    )
+    assert plan.documents.tolist() == [[0, 2, 0, -1], [2, 1, -1, 0], [3, 0, 1, -1], [3, 2, -1, 1]]
 
 
 @pytest.mark.parametrize("Tq, Tk", [(1, 9), (9, 1), (7, 7), (5, 11)])

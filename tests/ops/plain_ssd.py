@@ -14,12 +14,15 @@ from llmcore.ops import _documents
 
 def plain_ssd(products):
     """ssd in float32, in chunks of several sizes. Matrix products take operands rounded to `products`, as tensor cores do;
-    None: not rounded."""
-    return [functools.partial(_ssd, products, chunk) for chunk in (64, 24)]
+    None: not rounded. Where they are, dt multiplies x or B before: the error of a sum of few numbers is luck, and the
+    furthest off of two would often be too near."""
+    if products in (None, torch.float32):
+        return [functools.partial(_ssd, products, chunk, True) for chunk in (64, 24)]
+    return [functools.partial(_ssd, products, chunk, of_x) for chunk in (64, 24, 3) for of_x in (True, False)]
 
 
 def _ssd(
-    products, chunk, x, dt, A, B, C, chunk_size=256, D=None, z=None, dt_bias=None, initial_states=None, dt_softplus=False,
+    products, chunk, of_x, x, dt, A, B, C, chunk_size=256, D=None, z=None, dt_bias=None, initial_states=None, dt_softplus=False,
     dt_limit=(0.0, math.inf), return_final_states=False, *, cu_seqlens=None, seq_idx=None,
 ):  # fmt: skip
     H = x.shape[2]
@@ -40,11 +43,15 @@ def _ssd(
             between = logs[..., None].expand(*logs.shape, Q).masked_fill(~below, 0).cumsum(-2)
             decay = between.masked_fill(below.T, -math.inf).exp()
             from_start, to_end = logs.cumsum(-1).exp().transpose(1, 2), decay[:, :, -1].transpose(1, 2)
-            gain = x[:, now] * dt[:, now, :, None]
-            weights = decay * product("rthn,rshn->rhts", C[:, now], B[:, now])
-            y = product("rhts,rshp->rthp", weights, gain)
+            left, right = x[:, now], B[:, now]
+            if of_x:
+                left = left * dt[:, now, :, None]
+            else:
+                right = right * dt[:, now, :, None]
+            weights = decay * product("rthn,rshn->rhts", C[:, now], right)
+            y = product("rhts,rshp->rthp", weights, left)
             ys.append(y + product("rthn,rhpn->rthp", C[:, now], h) * from_start[..., None])
-            gained = product("rshp,rshn->rhpn", gain * to_end[..., None], B[:, now])
+            gained = product("rshp,rshn->rhpn", left * to_end[..., None], right)
             h = from_start[:, -1, :, None, None] * h + gained
         return torch.cat(ys, 1), h
 
@@ -64,6 +71,8 @@ def _ssd(
             if last is not None:
                 finals[last.start] = h[0]
         y, final = torch.cat([torch.cat(row, 1) for row in pieces]), torch.stack(finals)
+    if products is not None and y.requires_grad:
+        y.register_hook(lambda dy: dy.to(products).float())  # an operand of the backward's products
     y = y if D is None else y + D.float().reshape(H, -1) * x_wide
     y = (y if z is None else y * F.silu(z.float())).to(x.dtype)
     return (y, final) if return_final_states else y

@@ -1,5 +1,6 @@
 """ssd against its float64 reference, on every backend that runs here."""
 
+import importlib
 import itertools
 import math
 
@@ -80,6 +81,15 @@ SHAPES = [
     (1, 5, 1, 256, 2, 1),
     (1, 5, 1, 2, 256, 1),
 ]
+if INTERPRETED:  # where time goes with B H times the number of chunks
+    SHAPES = [
+        (1, 9, 2, 5, 3, 1),
+        (1, 1, 1, 1, 1, 1),
+        (1, 64, 2, 16, 16, 2),
+        (1, 65, 1, 17, 33, 1),
+        (1, 130, 1, 64, 16, 1),
+        *SHAPES[5:],
+    ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -102,8 +112,11 @@ def of_flags(dtype, device, *, packed, grouped, **options):
     documents = None
     if packed:
         documents = [3, 70, 1, 8] if options["numbered"] else [3, 0, 70, 1, 8]
-    B, L = (1 if packed and not options["numbered"] else 2), (82 if packed else 70)
-    return inputs(B, L, 4, 6, 5, 2 if grouped else 1, dtype=dtype, device=device, documents=documents, **options)
+    B, L, H = (1 if packed and not options["numbered"] else 2), (82 if packed else 70), 4
+    if INTERPRETED:
+        B, H = (2 if packed and options["numbered"] else 1), 2
+        documents, L = (None, 66) if documents is None else ([n for n in documents if n != 8], 74)
+    return inputs(B, L, H, 6, 5, 2 if grouped else 1, dtype=dtype, device=device, documents=documents, **options)
 
 
 def test_flags_meet_in_pairs():
@@ -130,15 +143,17 @@ def test_every_combination_of_flags(backend, device, dtype, values):
 )  # fmt: skip
 def test_any_shape(backend, B, L, H, P, N, groups, dtype, initial):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    H, L = (H, L) if not INTERPRETED else (min(H, 2), min(L, 80))
+    if INTERPRETED:
+        B, H, groups, L = 1, 1, max(groups, 2), min(L, 70)
     check(backend, inputs(B, L, H * groups, P, N, groups, dtype=dtype, device=device, initial=initial))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strided(backend, device, dtype):
     """Slices of one projection, as Mamba-2 has them, and layouts that no kernel reads in place."""
-    values = inputs(2, 70, 4, 6, 5, 2, dtype=dtype, device=device)
-    wide = randn(2, 70, 24 + 24 + 10 + 10 + 4, dtype=dtype, device=device, grad=False)
+    L = 12 if INTERPRETED else 70
+    values = inputs(2, L, 4, 6, 5, 2, dtype=dtype, device=device)
+    wide = randn(2, L, 24 + 24 + 10 + 10 + 4, dtype=dtype, device=device, grad=False)
     x, z, B, C, dt = wide.split([24, 24, 10, 10, 4], -1)
     pieces = {"x": x.unflatten(-1, (4, 6)), "z": z.unflatten(-1, (4, 6)), "B": B.unflatten(-1, (2, 5))}
     pieces |= {"C": C.unflatten(-1, (2, 5)), "dt": dt}
@@ -152,8 +167,9 @@ def test_strided(backend, device, dtype):
 
 
 def test_dtypes_may_differ(backend, device):
-    check(backend, inputs(2, 70, 4, 5, 4, dtype=torch.float32, device=device, other=torch.bfloat16))
-    check(backend, inputs(2, 70, 4, 5, 4, dtype=torch.bfloat16, device=device, other=torch.float32))
+    B, H = (1, 2) if INTERPRETED else (2, 4)
+    check(backend, inputs(B, 70, H, 5, 4, dtype=torch.float32, device=device, other=torch.bfloat16))
+    check(backend, inputs(B, 70, H, 5, 4, dtype=torch.bfloat16, device=device, other=torch.float32))
 
 
 @pytest.mark.parametrize("name", ["dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states"])
@@ -164,7 +180,7 @@ def test_one_of_float64(backend, device, name):
 
 @pytest.mark.parametrize("split", [1, 63, 64, 65, 127])
 def test_a_state_passed_on_equals_one_call(backend, device, split):
-    values = inputs(2, 128, 3, 5, 7, device=device, initial=True)
+    values = inputs(*((1, 128, 1) if INTERPRETED else (2, 128, 3)), 5, 7, device=device, initial=True)
     parts = []
     for part in (slice(0, split), slice(split, 128)):
         piece = {n: t[:, part] if n in OVER_TIME else t for n, t in values.items()}
@@ -186,7 +202,8 @@ def test_a_state_passed_on_equals_one_call(backend, device, split):
 @pytest.mark.parametrize("initial", [False, True])
 def test_packed_equals_separate(backend, device, initial):
     lengths = [5, 64, 0, 1, 130]
-    values = inputs(1, sum(lengths), 3, 6, 5, device=device, documents=lengths, initial=initial)
+    heads = 1 if INTERPRETED else 3
+    values = inputs(1, sum(lengths), heads, 6, 5, device=device, documents=lengths, initial=initial)
     offsets = values["cu_seqlens"].tolist()
     numbers = torch.repeat_interleave(torch.arange(5), torch.tensor(lengths)).int()[None].to(device)
     with llmcore.backend(backend):
@@ -206,7 +223,7 @@ def test_packed_equals_separate(backend, device, initial):
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 50.0])
 @pytest.mark.parametrize("A", [-1e-8, -1.0, -100.0, 0.0, 1e-4])
 def test_extreme_steps_and_decays(backend, device, scale, A):
-    values = inputs(1, 140, 3, 4, 4, device=device, softplus=False)
+    values = inputs(1, *((70, 1) if INTERPRETED else (140, 3)), 4, 4, device=device, softplus=False)
     values["dt"] = (values["dt"].detach() * scale).requires_grad_()
     values["A"] = torch.full_like(values["A"], A).requires_grad_()
     check(backend, values)
@@ -221,7 +238,7 @@ def test_a_long_sequence(backend, device):
         assert_accurate(ops.ssd, ops.ssd.reference, values, plain_torch=plain_ssd(None)[:1])
 
 
-@pytest.mark.parametrize("chunk_size", [1, 7, 64, 256])
+@pytest.mark.parametrize("chunk_size", [7] if INTERPRETED else [1, 7, 64, 256])
 def test_the_chunk_size_changes_nothing(backend, device, chunk_size):
     check(backend, inputs(1, 100, 2, 4, 5, device=device, initial=True) | {"chunk_size": chunk_size})
 
@@ -244,13 +261,13 @@ def test_equals_the_selective_scan(backend, device):
 def test_deterministic(backend, device):
     torch.use_deterministic_algorithms(True)
     try:
-        check(backend, inputs(2, 70, 4, 8, 5, 2, device=device))
+        check(backend, inputs(1 if INTERPRETED else 2, 70, 4, 8, 5, 2, device=device))
     finally:
         torch.use_deterministic_algorithms(False)
 
 
 def test_results_repeat(backend, device):
-    values = inputs(2, 130, 4, 16, 16, device=device)
+    values = inputs(*((1, 70, 2) if INTERPRETED else (2, 130, 4)), 16, 16, device=device)
     leaves = [t for t in values.values() if isinstance(t, torch.Tensor)]
     runs = []
     for _ in range(2):
@@ -261,7 +278,7 @@ def test_results_repeat(backend, device):
 
 
 def test_nothing_is_saved_but_the_inputs(backend, device):
-    values = inputs(2, 200, 3, 6, 5, device=device, initial=True)
+    values = inputs(1 if INTERPRETED else 2, 200, 3, 6, 5, device=device, initial=True)
     saved = {}
     with (
         llmcore.backend(backend),
@@ -284,6 +301,19 @@ def test_empty(backend, device, empty):
         assert torch.equal(last, values["initial_states"])
     (y.sum() + last.sum()).backward()
     assert values["A"].grad.shape == values["A"].shape
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="other devices have tables of their own")
+def test_small_blocks_and_slices(backend, device, monkeypatch):
+    """Chunks of four blocks, and the heads of a group shared out, as where a GPU would otherwise have too little to do."""
+    tiles = importlib.import_module("llmcore.kernels.ssd_tiles")
+    for kind in ("bf16", "ieee"):
+        small = {256: tiles.Tile(64, 16, 16, 4, 4, 1)}
+        monkeypatch.setitem(tiles.TILES, (tiles.device.INTERPRETER, kind), small)
+    for multiprocessors, dtype in ((1, torch.float32), (12, torch.bfloat16)):
+        monkeypatch.setattr(tiles.device, "multiprocessors", lambda _, n=multiprocessors: n)
+        values = inputs(1, 70, 2, 20, 18, dtype=dtype, device=device, initial=True, documents=[52, 18])
+        check(backend, values)
 
 
 def wrong(**changes):
