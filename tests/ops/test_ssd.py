@@ -138,7 +138,7 @@ def test_every_combination_of_flags(backend, device, dtype, values):
 
 
 @given(
-    B=st.integers(1, 3), L=st.integers(1, 200), H=st.integers(1, 5), P=st.integers(1, 70), N=st.integers(1, 70),
+    B=st.integers(1, 3), L=st.integers(1, 140), H=st.integers(1, 5), P=st.integers(1, 70), N=st.integers(1, 70),
     groups=st.integers(1, 3), dtype=st.sampled_from(DTYPES), initial=st.booleans(),
 )  # fmt: skip
 def test_any_shape(backend, B, L, H, P, N, groups, dtype, initial):
