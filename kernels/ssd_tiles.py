@@ -40,14 +40,20 @@ class Tile(NamedTuple):
 # By architecture and kind of product, then by the larger of the padded P and N. A chunk of Q steps costs, per step and
 # head, about 12 P N / Q bytes of states and Q (N + P) operations on pairs: at 4 TB/s and 350 TFLOP/s least together
 # with Q = 210 for P = 64, N = 128, and with Q = 180 for P = N = 64.
-_GPU_TILES = {
-    "bf16": {64: Tile(128, 64, 64, 4, 8, 2), 128: Tile(256, 64, 64, 4, 8, 2), 256: Tile(256, 64, 64, 8, 8, 1)},
-    "tf32": {64: Tile(128, 64, 64, 4, 4, 2), 128: Tile(128, 64, 32, 8, 8, 1), 256: Tile(128, 32, 32, 8, 8, 1)},
+_SM_80 = {
+    "bf16": {64: Tile(128, 64, 64, 4, 8, 2), 128: Tile(256, 64, 64, 4, 8, 2), 256: Tile(256, 32, 64, 8, 8, 1)},
+    "tf32": {64: Tile(128, 64, 64, 4, 8, 2), 128: Tile(128, 32, 32, 4, 8, 1), 256: Tile(128, 32, 32, 8, 8, 1)},
     "ieee": {64: Tile(128, 32, 32, 4, 4, 1), 128: Tile(128, 32, 32, 8, 8, 1), 256: Tile(128, 32, 16, 8, 8, 1)},
 }
-TILES = {(arch, kind): tiles for arch in ("sm_90", "sm_80", "sm_86") for kind, tiles in _GPU_TILES.items()} | {
-    (device.INTERPRETER, kind): {256: Tile(64, 64, 256, 4, 4, 1)} for kind in _GPU_TILES
+# Asynchronous products take 64 rows.
+_SM_90 = {
+    "bf16": _SM_80["bf16"] | {256: Tile(256, 64, 64, 8, 8, 1)},
+    "tf32": _SM_80["tf32"] | {128: Tile(128, 64, 32, 8, 8, 1)},
+    "ieee": _SM_80["ieee"],
 }
+_INTERPRETER = {kind: {256: Tile(64, 64, 256, 4, 4, 1)} for kind in _SM_80}
+_TABLES = {"sm_90": _SM_90, "sm_80": _SM_80, "sm_86": _SM_80, device.INTERPRETER: _INTERPRETER}
+TILES = {(arch, kind): sizes for arch, table in _TABLES.items() for kind, sizes in table.items()}
 
 CARRIED = 1024  # elements of a state in one program of the carry
 HEADS_OF_STEPS = 16

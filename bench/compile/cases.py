@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -24,6 +25,7 @@ from llmcore.kernels import (
     rms_norm,
     selective_scan,
     selective_state_update,
+    ssd,
     swiglu,
 )
 
@@ -135,6 +137,28 @@ def _update_cases(everything: bool) -> Iterator[Case]:
         yield f"selective_state_update {name} {state} {'flat' if shape == flat else 'heads'} {states}", call
 
 
+def launch_ssd(dtype, P, N, packed, precision):
+    torch.set_float32_matmul_precision(precision)
+    B, L, H, G = (1 if packed else 2), 1024, 16, 1
+    x, dt, A = torch.empty(B, L, H, P, dtype=dtype), torch.empty(B, L, H, dtype=dtype), torch.empty(H)
+    small, states = torch.empty(B, L, G, N, dtype=dtype), torch.empty(B, H, P, N)
+    documents = torch.tensor([[0, 0, L, 0, 0]]) if packed else None
+    inputs = (x, dt, A, small, small, A, x, A, states, documents, True, 0.0, math.inf)
+    ssd.ssd_fwd(*inputs, torch.empty_like(x), states)
+    ssd.ssd_bwd(x, states, *inputs, torch.empty_like(states))
+
+
+def _ssd_cases(everything: bool) -> Iterator[Case]:
+    chosen = [("bf16", 64, 128, False), ("bf16", 64, 64, False), ("bf16", 64, 128, True), ("fp32", 64, 128, False)]
+    if everything:
+        chosen += [("bf16", *size, False) for size in ((64, 16), (64, 256), (80, 100), (128, 128), (256, 256))]
+        chosen += [(name, *size, False) for name in ("fp16", "fp32", "tf32") for size in ((64, 128), (256, 256))]
+    for name, P, N, packed in dict.fromkeys(chosen):
+        precision = "high" if name == "tf32" else "highest"
+        call = partial(launch_ssd, DTYPES.get(name, torch.float32), P, N, packed, precision)
+        yield f"ssd {name} {P}/{N} {'packed' if packed else 'plain'}", call
+
+
 def launch_causal_conv1d(dtype, W, layout, documents):
     """documents: how they are marked, and whether there are states."""
     B, D, L = 1, 512, 1024
@@ -190,7 +214,7 @@ def _row_cases(everything: bool) -> Iterator[Case]:
 
 
 def main(capability: int, everything: bool, only: str = "") -> None:
-    kinds = (_attention_cases, _row_cases, _scan_cases, _update_cases, _causal_conv1d_cases)
+    kinds = (_attention_cases, _row_cases, _scan_cases, _update_cases, _ssd_cases, _causal_conv1d_cases)
     cases = [case for kind in kinds for case in kind(everything)]
     compiled, kernels = compile_launches(capability, device, [case for case in cases if case[0].startswith(only)])
     names = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))

@@ -73,7 +73,7 @@ def test_half_precision_attention_does_not_spill(reports):
 def test_row_kernels_do_not_spill(reports):
     """But for a register or two where the assembler prefers a higher occupancy, and the widest row held with its sums."""
     for _, entry in _entries(reports, 90, 80):
-        if not entry["case"].startswith(("attention", "selective_scan")):
+        if not entry["case"].startswith(("attention", "selective_scan", "ssd")):
             assert entry["stack"] <= (80 if " 16384 " in entry["case"] else 8), entry
 
 
@@ -87,6 +87,15 @@ def test_the_scan_of_sixteen_states_does_not_spill(reports):
             assert entry["stack"] == 0, entry
 
 
+def test_mamba2_does_not_spill_and_multiplies_on_the_tensor_cores(reports):
+    multiplying = {f"ssd_{name}_kernel" for name in ("states", "outputs", "bwd_pairs", "bwd_dbc", "bwd_dx")}
+    for capability, entry in _entries(reports, 90, 80):
+        if entry["case"].startswith(("ssd bf16 64/128", "ssd bf16 64/64")):
+            assert entry["stack"] == 0, entry
+            wanted, other = ("wgmma", "mma_sync") if capability == 90 else ("mma_sync", "wgmma")
+            assert (entry[wanted] > 0) == (entry["kernel"] in multiplying) and entry[other] == 0, entry
+
+
 def test_attention_multiplies_on_the_tensor_cores(reports):
     for capability, entry in _entries(reports, 90, 80):
         case = _attention(entry)
@@ -97,7 +106,7 @@ def test_attention_multiplies_on_the_tensor_cores(reports):
 
 def test_exact_products_stay_off_the_tensor_cores(reports):
     for _, entry in _entries(reports, 90, 80):
-        if entry["case"].startswith("attention fp32"):
+        if entry["case"].startswith(("attention fp32", "ssd fp32")):
             assert entry["wgmma"] == entry["mma_sync"] == 0, entry
 
 

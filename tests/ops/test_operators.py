@@ -60,13 +60,13 @@ def example(name, **how):
         others = (leaf(5, seed=6), z, leaf(5, seed=7))
         return ops.selective_scan, (u, delta, A, B, C, *others), {"delta_softplus": True, "return_last_state": True}
     if name == "ssd":
-        x, z = (leaf(2, 9, 4, 5, seed=seed, **how) for seed in range(2))
-        B, C = (leaf(2, 9, 2, 3, seed=seed, **how) for seed in (2, 3))
-        A = leaf(4, seed=4).detach().abs().neg().requires_grad_()
-        tensors = (x, leaf(2, 9, 4, seed=5, **how), A, B, C)
+        x, z = (leaf(2, 9, 2, 5, seed=seed, **how) for seed in range(2))
+        B, C = (leaf(2, 9, 1, 3, seed=seed, **how) for seed in (2, 3))
+        A = leaf(2, seed=4).detach().abs().neg().requires_grad_()
+        tensors = (x, leaf(2, 9, 2, seed=5, **how), A, B, C)
         keywords = {"dt_softplus": True, "dt_limit": (0.1, 2.0), "return_final_states": True}
         names = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")
-        return by_name(ops.ssd, names), (*tensors, leaf(4, seed=6), z, leaf(4, seed=7)), keywords
+        return by_name(ops.ssd, names), (*tensors, leaf(2, seed=6), z, leaf(2, seed=7)), keywords
     q, k, v = leaf(2, 6, 4, 16, **how), leaf(2, 7, 2, 16, seed=1, **how), leaf(2, 7, 2, 24, seed=2, **how)
     return ops.attention, (q, k, v), {"causal": True, "return_lse": True}
 
@@ -110,7 +110,7 @@ def operator_arguments(name, backend, **how):
         options = (4, True, 0.1, 2.0, backend)
         numbers = (torch.arange(18, device=DEVICE).view(2, 9) // 5).int()
         return [
-            (*tensors, leaf(2, 4, 5, 3, seed=8), None, None, *options),
+            (*tensors, leaf(2, 2, 5, 3, seed=8), None, None, *options),
             (*tensors[:5], None, None, None, None, None, numbers, *options),
         ]
     return [(*tensors, 0.25, -1, right, backend) for right in (0, -1)]

@@ -92,10 +92,12 @@ if INTERPRETED:  # where time goes with B H times the number of chunks
     ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("B", "L", "H", "P", "N", "G"), SHAPES)
-def test_shapes(backend, device, dtype, B, L, H, P, N, G):
-    check(backend, inputs(B, L, H, P, N, G, dtype=dtype, device=device))
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [(d, s) for i, s in enumerate(SHAPES) for j, d in enumerate(DTYPES) if not INTERPRETED or i == 2 or i % 3 == j],
+)
+def test_shapes(backend, device, dtype, shape):
+    check(backend, inputs(*shape, dtype=dtype, device=device))
 
 
 FLAGS = ("D_", "z", "bias", "softplus", "initial", "packed", "last", "grouped", "numbered", "limits", "wide_D")
@@ -144,7 +146,7 @@ def test_every_combination_of_flags(backend, device, dtype, values):
 def test_any_shape(backend, B, L, H, P, N, groups, dtype, initial):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if INTERPRETED:
-        B, H, groups, L = 1, 1, max(groups, 2), min(L, 70)
+        B, H, groups, L = 1, 1, max(groups, 2), 1 + L % 70
     check(backend, inputs(B, L, H * groups, P, N, groups, dtype=dtype, device=device, initial=initial))
 
 
@@ -220,7 +222,7 @@ def test_packed_equals_separate(backend, device, initial):
             torch.testing.assert_close(states[i : i + 1], state, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("scale", [1e-6, 1.0, 50.0])
+@pytest.mark.parametrize("scale", [1e-6, 50.0] if INTERPRETED else [1e-6, 1.0, 50.0])
 @pytest.mark.parametrize("A", [-1e-8, -1.0, -100.0, 0.0, 1e-4])
 def test_extreme_steps_and_decays(backend, device, scale, A):
     values = inputs(1, *((70, 1) if INTERPRETED else (140, 3)), 4, 4, device=device, softplus=False)
