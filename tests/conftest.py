@@ -14,6 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import interpreted  # noqa: E402
 from sessions import INTERPRETED, SHIMMED, backends  # noqa: E402
 
 if INTERPRETED:
@@ -35,6 +36,17 @@ settings.register_profile(
 settings.load_profile("llmcore")
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if not session.config.option.collectonly:
+        for item in session.items:
+            if getattr(item, "originalname", "") == "test_triton_kernels_interpreted":
+                interpreted.start(item.callspec.params["part"])
+
+
+def pytest_sessionfinish() -> None:
+    interpreted.stop()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

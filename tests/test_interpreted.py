@@ -1,22 +1,20 @@
-"""The Triton kernels, forward and backward, through Triton's interpreter: tests/ops again, in a process of its own."""
+"""The Triton kernels, forward and backward, through Triton's interpreter: tests/ops again, in processes of their own.
+
+They take minutes of one processor each, and start as soon as it is known that they are wanted (conftest.py): the rest of
+the session runs beside them.
+"""
 
 import importlib.util
 import os
-import subprocess
-import sys
-from pathlib import Path
 
+import interpreted
 import pytest
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed (Linux only)")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this session is itself the interpreted one")
-def test_triton_kernels_interpreted() -> None:
-    command = [sys.executable, "-m", "pytest", "tests/ops", "-q", "-p", "no:cacheprovider"]
-    result = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+@pytest.mark.parametrize("part", interpreted.PARTS)
+def test_triton_kernels_interpreted(part: str) -> None:
+    code, output = interpreted.result(part)
+    assert code == 0, output[-8000:]
+    assert " passed" in output

@@ -32,7 +32,7 @@ def plain(mamba: Mamba2, x: torch.Tensor) -> torch.Tensor:
     return mamba.out_proj(plain_norm(y * F.silu(z), mamba.norm.weight, mamba.norm.groups))
 
 
-@pytest.mark.parametrize(("options", "T"), zip(OPTIONS, (9, 70, 20), strict=True))
+@pytest.mark.parametrize(("options", "T"), list(zip(OPTIONS, (9, 70, 20), strict=True)))
 def test_against_the_formula(options, T):
     torch.manual_seed(0)
     mamba = Mamba2(24, **options)
