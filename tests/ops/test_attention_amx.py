@@ -8,12 +8,16 @@ import pytest
 import torch
 from cuda_on_cpu import build_shim
 from ops.cases import randn
+from sessions import INTERPRETED
 
 import llmcore
 from llmcore import _extension, ops
 from llmcore.testing import assert_accurate
 
-pytestmark = pytest.mark.skipif(build_shim.missing() is not None, reason=str(build_shim.missing()))
+pytestmark = [
+    pytest.mark.skipif(build_shim.missing() is not None, reason=str(build_shim.missing())),
+    pytest.mark.skipif(INTERPRETED, reason="C++ kernels, which an interpreted session does not run"),
+]
 FLAGS = shlex.split(
     "-std=c++17 -g0 -O1 -w -Wno-psabi -fPIC -fopenmp -DLLMCORE_ISA=emulated -DLLMCORE_LEVELS=X(emulated) "
     "-DLLMCORE_EMULATE_AMX -DLLMCORE_VECTOR_BYTES=64"

@@ -146,7 +146,7 @@ def test_strided(backend, device, dtype):
         wide[:, :1, :70].expand(2, 18, 70),
         wide[:, :18, :1].expand(2, 18, 70),
         wide.transpose(1, 2)[:, 3:21, :36],
-        wide.permute(2, 1, 0)[:, :18],
+        wide.permute(2, 1, 0)[: 5 if INTERPRETED else 140, :18],
     ):
         length = x.shape[2]
         for sliced in (x, x[..., : min(length, 3)]):

@@ -146,7 +146,7 @@ def test_every_combination_of_flags(backend, device, dtype, values):
 def test_any_shape(backend, B, L, H, P, N, groups, dtype, initial):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if INTERPRETED:
-        B, H, groups, L = 1, 1, 2, 1 + L % 70
+        B, H, groups, L, P, N = 1, 1, 2, 1 + L % 70, 1 + P % 40, 1 + N % 40
     check(backend, inputs(B, L, H * groups, P, N, groups, dtype=dtype, device=device, initial=initial))
 
 
