@@ -16,6 +16,7 @@ needs_sanitizer = pytest.mark.skipif(
 KERNELS = {kernel.stem: kernel for kernel in build_shim.KERNELS}
 RMS_NORM = KERNELS["rms_norm"].read_text()
 BARRIER = "__syncthreads();"
+SLOW = pytest.mark.slow  # a compilation each; one of every kind runs always
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def planted(old: str, new: str, occurrence: int = 0) -> str:
     return old.join(parts[: occurrence + 1]) + new + old.join(parts[occurrence + 1 :])
 
 
-@pytest.mark.parametrize("which", range(RMS_NORM.count(BARRIER)))
+@pytest.mark.parametrize("which", [0, *(pytest.param(i, marks=SLOW) for i in range(1, RMS_NORM.count(BARRIER)))])
 def test_a_planted_missing_barrier_is_found(builder, which):
     module = builder.with_source(f"without_barrier_{which}", KERNELS["rms_norm"], planted(BARRIER, "", which))
     done = build_shim.prove(module, "rms_norm")
@@ -74,8 +75,8 @@ def test_a_planted_missing_barrier_is_found(builder, which):
 @pytest.mark.parametrize(
     ("name", "old", "new"),
     [
-        ("a row too many", "row < rows;", "row <= rows;"),
-        ("a column too many", "col < cols; col += step", "col <= cols; col += step"),
+        pytest.param("a row too many", "row < rows;", "row <= rows;", marks=SLOW),
+        pytest.param("a column too many", "col < cols; col += step", "col <= cols; col += step", marks=SLOW),
         ("shared memory too small", "parts, [kMaxThreads / kWarp]", "parts, [kMaxThreads / kWarp / 2]"),
         (
             "workspace too small",
