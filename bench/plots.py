@@ -110,7 +110,7 @@ def ratios(rows: Rows, title: str, path: Path) -> Path:
 def throughput(rows: Rows, title: str, path: Path) -> Path | None:
     """Attention: FLOP a second by length."""
     by_panel = grouped(
-        [row for row in rows if "length" in row], lambda r: (r["dtype"], r["head_dim"], r["causal"], r["pass"])
+        [row for row in rows if row["op"] == "attention"], lambda r: (r["dtype"], r["head_dim"], r["causal"], r["pass"])
     )
     chosen = {k: v for k, v in by_panel.items() if len({r["length"] for r in v}) > 1}
     if not chosen:

@@ -62,7 +62,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def dtype_of(row: dict[str, Any]) -> str:
-    return plots.SHORT[row["case"].split()[-1]]
+    return next(plots.SHORT[word] for word in row["case"].split() if word in plots.SHORT)
 
 
 def figures(folder: Path, words: dict[str, str]) -> str:
