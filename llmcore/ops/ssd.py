@@ -398,7 +398,7 @@ def _forward_cpu(
     """Whether a step is no number."""
     view = _native.view
     documents = _documents.table(x, cu_seqlens, seq_idx)
-    x, B, C, D, z = _as_read(x, B, C, D, z, x.shape)
+    x, dt, A, B, C, D, z = _readable(x, dt, A, B, C, _per_element(D, x), z)
     return bool(
         _native.module("cpu").ssd_fwd(
             view(x), view(dt), view(A), view(B), view(C), view(D), view(z), view(dt_bias), view(initial_states),
@@ -408,13 +408,9 @@ def _forward_cpu(
     )  # fmt: skip
 
 
-def _as_read(
-    x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, shape: torch.Size
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The tensors as the C++ kernels take them: last dimensions contiguous, D (H, P)."""
-    unit = _native.unit_stride
-    D = D if D is None or D.dim() == 2 else D[:, None].expand(shape[2:]).contiguous()
-    return unit(x), unit(B), unit(C), D, None if z is None else unit(z)
+def _per_element(D: Tensor | None, x: Tensor) -> Tensor | None:
+    """D as the C++ kernels read it, (H, P)."""
+    return D if D is None or D.dim() == 2 else D[:, None].expand(x.shape[2:]).contiguous()
 
 
 def _gated(x: Tensor, y: Tensor, D: Tensor | None, z: Tensor | None, at: Any) -> Tensor:
@@ -575,7 +571,7 @@ def _backward_cpu(
     view = _native.view
     documents = _documents.table(x, cu_seqlens, seq_idx)
     D_is_wide = D is not None and D.dim() == 2
-    x, B, C, D, z = _as_read(x, B, C, D, z, x.shape)
+    x, dt, A, B, C, D, z = _readable(x, dt, A, B, C, _per_element(D, x), z)
     dy, dfinal = _native.unit_stride(dy), None if dfinal is None else dfinal.contiguous()
     heads, head_dim, groups, states = *x.shape[2:], *B.shape[2:]
     # Sums over the documents, or over the threads' shares of a group's heads, are left to PyTorch.
