@@ -43,6 +43,17 @@ def training_call(function: Function, inputs: Inputs, cotangents: list[Tensor]) 
     return call
 
 
+def on_copies(function: Function) -> Function:
+    """The function on copies of the tensors that ask for no gradient: some ops change them."""
+
+    def call(**inputs: Any) -> Any:
+        return function(
+            **{n: t.clone() if isinstance(t, Tensor) and not t.requires_grad else t for n, t in inputs.items()}
+        )
+
+    return call
+
+
 def forward_call(function: Function, inputs: Inputs, cotangents: list[Tensor]) -> Call:
     def call():
         with torch.no_grad():
@@ -59,9 +70,10 @@ def sets_of(inputs: Inputs, cotangents: list[Tensor], device: str) -> list[tuple
 
 
 def measure(case: Case, ceilings: Ceilings, device: str) -> Iterator[Measured]:
-    """Yields the forward, then forward + backward; only an error where a result or a gradient is wrong."""
+    """Yields the forward, then forward + backward where a gradient is asked for; only an error where a result or a
+    gradient is wrong."""
     checked = (case.check or case.inputs)(device)
-    wrong = [str(c) for c in verify(case.ours, case.reference, checked) if not c.ok]
+    wrong = [str(c) for c in verify(on_copies(case.ours), on_copies(case.reference), checked) if not c.ok]
     del checked
     if wrong:
         yield Measured({"case": case.name, "error": "; ".join(wrong)}, {})
@@ -71,10 +83,13 @@ def measure(case: Case, ceilings: Ceilings, device: str) -> Iterator[Measured]:
     cotangents = [torch.randn_like(o) for o in outputs_of(case.ours, inputs)]
     peers, absent = load_peers(case, inputs, cotangents)
     sets = sets_of(inputs, cotangents, device)
+    dtype = next(t.dtype for t in (*leaves_of(inputs), *cotangents))
     for name, make, moved, flops in (
         (FORWARD, forward_call, case.bytes[0], case.flops[0]),
         (TRAINING, training_call, sum(case.bytes), sum(case.flops)),
     ):
+        if name == TRAINING and not leaves_of(inputs):
+            return
         candidates = {"llmcore": case.ours, **peers}
         calls: dict[str, Call] = {n: Rotated([make(f, *s) for s in sets]) for n, f in candidates.items()}
         timings, ratios = interleaved(calls, device=device)
@@ -86,7 +101,7 @@ def measure(case: Case, ceilings: Ceilings, device: str) -> Iterator[Measured]:
         record["bytes"], record["flops"] = moved, flops
         record["GB/s"] = {n: significant(moved / t.median / 1e9) for n, t in timings.items()}
         record["GFLOP/s"] = {n: significant(flops / t.median / 1e9) for n, t in timings.items()}
-        in_memory, in_products = moved / ceilings.copy_bytes, flops / ceilings.product_flops[leaves_of(inputs)[0].dtype]
+        in_memory, in_products = moved / ceilings.copy_bytes, flops / ceilings.product_flops[dtype]
         record["bound by"] = "memory" if in_memory > in_products else "matrix product"
         least = max(in_memory, in_products)
         record["share of the ceiling"] = {n: round(least / t.median, 3) for n, t in timings.items()}

@@ -39,7 +39,8 @@ def results_of(function: Function, inputs: Inputs, cotangents: list[Tensor]) -> 
     inputs = copy_of(inputs)
     outputs = outputs_of(function, inputs)
     kept = [t.detach().clone() for t in outputs]
-    return kept + list(torch.autograd.grad(outputs, leaves_of(inputs), [c.clone() for c in cotangents]))
+    leaves = leaves_of(inputs)
+    return kept + list(torch.autograd.grad(outputs, leaves, [c.clone() for c in cotangents]) if leaves else ())
 
 
 def distance(theirs: list[Tensor], ours: list[Tensor]) -> float:

@@ -78,7 +78,7 @@ def figures(folder: Path, words: dict[str, str]) -> str:
     body = []
     for op, dtype in kinds:
         ranges = [ratios[op, dtype, peer, direction] for peer, direction in columns]
-        body.append([f"`{op}` {dtype}", *(f"{min(r):.2f}–{max(r):.2f}" for r in ranges)])
+        body.append([f"`{op}` {dtype}", *(f"{min(r):.2f}–{max(r):.2f}" if r else "–" for r in ranges)])
     machine = ops["machine"]
     where = words["where"].format(
         processor=machine["processor"], threads=machine["threads"], kernels=machine["cpu kernels"],

@@ -56,10 +56,14 @@ def _per_head(
     if state.dim() == 4:
         return state, x, dt, A, B, C, D, z, dt_bias
     B, C = (t.unsqueeze(1) if t.dim() == 2 else t for t in (B, C))
-    heads = (B.shape[1], -1)
-    state, x, dt, A = state.unflatten(1, heads), x.unflatten(1, heads), dt.unflatten(1, heads), A.unflatten(0, heads)
-    D, dt_bias = (t if t is None else t.unflatten(0, heads) for t in (D, dt_bias))
-    return state, x, dt, A, B, C, D, z if z is None else z.unflatten(1, heads), dt_bias
+    groups = B.shape[1]
+
+    def split(t: Tensor, dim: int) -> Tensor:
+        return t.unsqueeze(dim) if groups == 1 else t.unflatten(dim, (groups, -1))
+
+    D, dt_bias = (t if t is None else split(t, 0) for t in (D, dt_bias))
+    z = z if z is None else split(z, 1)
+    return split(state, 1), split(x, 1), split(dt, 1), split(A, 0), B, C, D, z, dt_bias
 
 
 def reference(

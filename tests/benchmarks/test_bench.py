@@ -12,7 +12,7 @@ import torch
 from bench import compare, measure, mine, report, run_curves, run_errors, run_hugging_face, run_lengths, run_loop
 from bench.__main__ import RESULTS, ROOT
 from bench.ceilings import Ceilings
-from bench.ops import bench_attention, bench_rms_norm
+from bench.ops import bench_attention, bench_rms_norm, bench_selective_state_update
 from bench.peers import load_peers
 from bench.timing import Rotated, peak_memory
 from llmcore import ops
@@ -50,6 +50,11 @@ def test_a_record_has_times_ratios_and_rates(case):
     assert set(training["times faster than"]) == {"eager", "torch.compile"}
     moved = 2 * 8 * 32 * 4
     assert forward["GB/s"]["eager"] == pytest.approx(moved / forward["microseconds"]["eager"] / 1e3, rel=0.01)
+
+
+def test_an_op_that_changes_its_input_and_has_no_gradient_is_measured():
+    (record,) = records(bench_selective_state_update.case(1, 32, 4, torch.float32), CEILINGS, "cpu")
+    assert record["pass"] == "forward" and record["times faster than"]["eager"] > 0
 
 
 def test_a_planted_wrong_result_is_found_and_not_timed(case):
