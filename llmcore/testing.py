@@ -8,7 +8,8 @@ and the gradient itself,
     rms(a - e) <= 2 rms(p - e) + (ulp(rms(e)) + eps32 s) (1/2 + 2 / sqrt(n)), of n elements.
 The last term, a few units of float32, is what is left where terms of size s cancel: kernels accumulate in float32, and
 no order of summation is owed the luck of another's. For the same reason few elements are allowed a larger share of it.
-Outputs are filled with NaN before a kernel runs, so that an element it forgets is seen.
+Outputs that are no floating-point numbers are compared exactly.
+Outputs are filled with NaN, or the largest integer, before a kernel runs, so that an element it forgets is seen.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -48,11 +49,14 @@ class Comparison:
 def compare(name: str, actual: Tensor, plain: Tensor, exact: Tensor, scale: float) -> Comparison:
     """Holds `actual` against `exact` (float64), allowing twice `plain`'s error and the few ulp of the rule above.
 
-    Infinities and NaN of `exact` must stand at the same places in `actual`. Raises AssertionError for another shape.
+    Infinities and NaN of `exact` must stand at the same places in `actual`. Raises AssertionError for another shape,
+    and where tensors that are not of floating-point numbers differ.
     """
     if actual.shape != exact.shape:
         raise AssertionError(f"{name}: shape {tuple(actual.shape)} instead of {tuple(exact.shape)}")
-    if exact.numel() == 0:
+    if not exact.is_floating_point() and not torch.equal(actual, exact):
+        raise AssertionError(f"{name}: {int((actual != exact).sum())} of {exact.numel()} elements are wrong")
+    if exact.numel() == 0 or not exact.is_floating_point():
         return Comparison(name, 0.0, 0.0, 0.0, 0.0)
     limits = torch.finfo(actual.dtype)
     a, p, e = (t.detach().double().cpu() for t in (actual, plain, exact))
@@ -78,7 +82,9 @@ def compare(name: str, actual: Tensor, plain: Tensor, exact: Tensor, scale: floa
     )
 
 
-def evaluate(function: Callable[..., Any], inputs: dict[str, Any], cotangents: Sequence[Tensor] | None) -> Values:
+def evaluate(
+    function: Callable[..., Any], inputs: dict[str, Any], cotangents: Sequence[Tensor | None] | None
+) -> Values:
     """The outputs of function(**inputs) and, when cotangents are given, the gradients of its floating-point inputs.
 
     Inputs that require a gradient get one; an output whose cotangent is None takes no part in the backward.
@@ -100,12 +106,14 @@ def evaluate(function: Callable[..., Any], inputs: dict[str, Any], cotangents: S
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Inside the block, memory that PyTorch hands out uninitialised holds NaN."""
+    """Inside the block, memory that PyTorch hands out uninitialised holds NaN, or the largest integer."""
 
     def filled(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def allocate_and_fill(*args: Any, **kwargs: Any) -> Tensor:
             tensor = allocate(*args, **kwargs)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+            if tensor.is_floating_point():
+                return tensor.fill_(float("nan"))
+            return tensor if tensor.dtype == torch.bool else tensor.fill_(torch.iinfo(tensor.dtype).max)
 
         return allocate_and_fill
 
@@ -152,7 +160,10 @@ def verify(
     cotangents = None
     if backward:
         cotangents = [
-            torch.randn(o.shape, generator=generator).to(device=o.device, dtype=o.dtype) for o in plain_outputs.values()
+            torch.randn(o.shape, generator=generator).to(device=o.device, dtype=o.dtype)
+            if o.is_floating_point()
+            else None
+            for o in plain_outputs.values()
         ]
     exact = evaluate(reference, wide_inputs, cotangents)
     plains = [evaluate(plain, inputs, cotangents) for plain in (reference, *plain_torch)]
@@ -162,9 +173,9 @@ def verify(
     for name in exact:
         if actual[name].dtype != plain[name].dtype:
             raise AssertionError(f"{name}: dtype {actual[name].dtype} instead of {plain[name].dtype}")
-    outputs = [value for name, value in exact.items() if name.startswith("output")]
+    outputs = [v for name, v in exact.items() if name.startswith("output") and v.is_floating_point()]
     tensors = [t for t in wide_inputs.values() if isinstance(t, Tensor) and t.is_floating_point()]
-    base = largest([*outputs, *tensors, *(cotangents or [])])
+    base = largest([*outputs, *tensors, *(c for c in cotangents or [] if c is not None)])
     return [compare(n, actual[n], plain[n], exact[n], max(base, largest([exact[n]]))) for n in exact]
 
 

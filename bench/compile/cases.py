@@ -22,6 +22,10 @@ from llmcore.kernels import (
     attention,
     causal_conv1d,
     device,
+    expert_plan,
+    grouped_gemm,
+    moe_mlp,
+    moe_route,
     rms_norm,
     selective_scan,
     selective_state_update,
@@ -159,6 +163,55 @@ def _ssd_cases(everything: bool) -> Iterator[Case]:
         yield f"ssd {name} {P}/{N} {'packed' if packed else 'plain'}", call
 
 
+def launch_moe_route(dtype, experts, top_k, groups, sigmoid):
+    tokens = 256
+    logits, bias = torch.empty(tokens, experts, dtype=dtype), torch.empty(experts) if groups > 1 else None
+    weights, indices = torch.empty(tokens, top_k), torch.empty(tokens, top_k, dtype=torch.int64)
+    scores = torch.empty(tokens, experts)
+    moe_route.moe_route_fwd(logits, bias, weights, indices, scores, sigmoid, True, groups, min(groups, 4), 1.0)
+    moe_route.moe_route_bwd(weights, scores, logits, indices, torch.empty_like(logits), sigmoid, True, 1.0)
+
+
+def launch_moe_mlp(dtype, experts, top_k, tokens, precision):
+    torch.set_float32_matmul_precision(precision)
+    width, inner, pairs = 2048, 768, tokens * top_k
+    x, w_gate_up = torch.empty(tokens, width, dtype=dtype), torch.empty(experts, 2 * inner, width, dtype=dtype)
+    w_down, h = torch.empty(experts, width, inner, dtype=dtype), torch.empty(pairs, 2 * inner, dtype=dtype)
+    order, place, offsets = (torch.empty(n, dtype=torch.int32) for n in (pairs, pairs, experts + 1))
+    indices, weights = torch.empty(pairs, dtype=torch.int64), torch.empty(tokens, top_k)
+    expert_plan.expert_plan(indices, order, place, offsets)
+    inputs = (x, w_gate_up, w_down, weights)
+    moe_mlp.moe_mlp_fwd(*inputs, order, place, offsets, h, x)
+    moe_mlp.moe_mlp_bwd(x, *inputs, h, order, place, offsets, x, w_gate_up, w_down, weights)
+
+
+def launch_grouped_gemm(dtype, groups, rows):
+    x, w = torch.empty(rows, 1024, dtype=dtype), torch.empty(groups, 512, 1024, dtype=dtype)
+    y, offsets = torch.empty(rows, 512, dtype=dtype), torch.empty(groups + 1, dtype=torch.int32)
+    grouped_gemm.rows_times_weights(x, w, offsets, y)
+    grouped_gemm.rows_times_weights(y, w.transpose(1, 2), offsets, x)
+    grouped_gemm.rows_times_rows(y, x, offsets, w)
+
+
+def _expert_cases(everything: bool) -> Iterator[Case]:
+    routes = [("fp32", 128, 8, 1, False), ("fp32", 256, 8, 8, True)]
+    mlps = [("bf16", 128, 8, 32768), ("bf16", 64, 6, 256), ("fp32", 8, 2, 4096)]
+    products = [("bf16", 64, 16384)]
+    if everything:
+        routes += [(name, 8, 2, 1, False) for name in DTYPES]
+        mlps += [("fp16", 128, 8, 32768), ("tf32", 8, 2, 4096)]
+        products += [(name, groups, 4096) for name in DTYPES for groups in (8, 256)]
+    for name, experts, top_k, groups, sigmoid in routes:
+        call = partial(launch_moe_route, DTYPES[name], experts, top_k, groups, sigmoid)
+        yield f"moe_route {name} {experts} top {top_k} of {groups} groups", call
+    for name, experts, top_k, tokens in mlps:
+        precision = "high" if name == "tf32" else "highest"
+        call = partial(launch_moe_mlp, DTYPES.get(name, torch.float32), experts, top_k, tokens, precision)
+        yield f"moe_mlp {name} {experts} top {top_k} of {tokens}", call
+    for name, groups, rows in products:
+        yield f"grouped_gemm {name} {groups} of {rows}", partial(launch_grouped_gemm, DTYPES[name], groups, rows)
+
+
 def launch_causal_conv1d(dtype, W, layout, documents):
     """documents: how they are marked, and whether there are states."""
     B, D, L = 1, 512, 1024
@@ -214,7 +267,7 @@ def _row_cases(everything: bool) -> Iterator[Case]:
 
 
 def main(capability: int, everything: bool, only: str = "") -> None:
-    kinds = (_attention_cases, _row_cases, _scan_cases, _update_cases, _ssd_cases, _causal_conv1d_cases)
+    kinds = (_attention_cases, _row_cases, _scan_cases, _update_cases, _ssd_cases, _causal_conv1d_cases, _expert_cases)
     cases = [case for kind in kinds for case in kind(everything)]
     compiled, kernels = compile_launches(capability, device, [case for case in cases if case[0].startswith(only)])
     names = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))

@@ -40,6 +40,17 @@ LLMCORE_INLINE vf exp_normal(vf x) {
     return (vf)((vi)p + ((vi)shifted << 23));
 }
 
+// sigmoid(x) and sigmoid(-x), both from e^-|x|, so that nothing cancels
+struct Sigmoids {
+    vf plus, minus;
+};
+LLMCORE_INLINE Sigmoids sigmoids(vf x) {
+    const vi negative = x < 0.0f;
+    const vf y = select(negative, x, -x), e = select(y < -126.0f * ln2, zero(), exp_normal(y));
+    const vf large = 1.0f / (1.0f + e), small = e * large;
+    return {select(negative, small, large), select(negative, large, small)};
+}
+
 LLMCORE_INLINE vf silu(vf x) { return x / (1.0f + exp_normal(min(broadcast(overflow), -x))); }
 
 // The error is small beside 1, the largest value, and not beside the derivative where that is small.

@@ -76,6 +76,12 @@ PYBIND11_MODULE(_cpu, m) {
     bind(m, "causal_conv1d_update", level.kernels->causal_conv1d_update);
     bind(m, "ssd_fwd", level.kernels->ssd_fwd);
     bind(m, "ssd_bwd", level.kernels->ssd_bwd);
+    bind(m, "moe_route_fwd", level.kernels->moe_route_fwd);
+    bind(m, "moe_route_bwd", level.kernels->moe_route_bwd);
+    bind(m, "moe_plan", level.kernels->moe_plan);
+    bind(m, "moe_gather", level.kernels->moe_gather);
+    bind(m, "moe_combine", level.kernels->moe_combine);
+    bind(m, "moe_swiglu_bwd", level.kernels->moe_swiglu_bwd);
 
     m.def("isa", [name = level.name] { return name; }, "The instruction-set level in use.");
     m.def(

@@ -10,6 +10,7 @@
 #include "common/dtype.h"
 #include "cpu/attention.h"
 #include "cpu/causal_conv1d.h"
+#include "cpu/moe.h"
 #include "cpu/selective_scan.h"
 #include "cpu/ssd.h"
 
@@ -56,6 +57,12 @@ struct Kernels {
     CausalConv1dUpdate* causal_conv1d_update;
     SsdFwd* ssd_fwd;
     SsdBwd* ssd_bwd;
+    MoeRouteFwd* moe_route_fwd;
+    MoeRouteBwd* moe_route_bwd;
+    MoePlan* moe_plan;
+    MoeGather* moe_gather;
+    MoeCombine* moe_combine;
+    MoeSwigluBwd* moe_swiglu_bwd;
 };
 
 #if defined(LLMCORE_ISA)

@@ -29,12 +29,12 @@ LLMCORE_INLINE void store(T* p, vf x, Whole) {
     store(p, x);
 }
 
-// zeros beyond the first lanes, whatever stands there
-LLMCORE_INLINE vf first(vf x, Whole) { return x; }
-LLMCORE_INLINE vf first(vf x, int n) {
+// beyond the first lanes zeros, or `rest`, whatever stands there
+LLMCORE_INLINE vf first(vf x, Whole, vf = zero()) { return x; }
+LLMCORE_INLINE vf first(vf x, int n, vf rest = zero()) {
     vi lane;
     for (int i = 0; i < VL; i++) lane[i] = i;
-    return select(lane < broadcast_int(n), x, zero());
+    return select(lane < broadcast_int(n), x, rest);
 }
 
 LLMCORE_INLINE void store_halves(void* p, vh x, Whole) { store_bits(p, x); }

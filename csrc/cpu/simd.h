@@ -99,6 +99,7 @@ LLMCORE_INLINE vf zero() { return vf{}; }
 
 // lanes of a where the mask is -1, of b where it is 0
 LLMCORE_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
+LLMCORE_INLINE vi select(vi mask, vi a, vi b) { return mask ? a : b; }
 
 // b where either is a NaN
 LLMCORE_INLINE vf max(vf a, vf b) {

@@ -2,8 +2,7 @@
 //
 //   dup = dy silu(g),  dgate = dy u sigmoid(g) (1 + g (1 - sigmoid(g)))
 //
-// The forward's sigmoid(g) = 1 / (1 + e^-g) is exactly 0 where e^-g overflows; the backward takes sigmoid(g) and
-// sigmoid(-g) from e^-|g|, so that nothing cancels. No product is inf * 0 for any finite g.
+// The forward's sigmoid(g) = 1 / (1 + e^-g) is exactly 0 where e^-g overflows. No product is inf * 0 for any finite g.
 #include "cpu/activations.h"
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
@@ -54,13 +53,10 @@ void bwd(const T* dy, const T* gate, const T* up, T* dgate, T* dup, int64_t rows
         T* const dup_row = dup + row * cols + first;
         for_vectors(count, [&](int64_t i, auto lanes) {
             const vf d = load(d_row + i, lanes), g = load(g_row + i, lanes), u = load(u_row + i, lanes);
-            const vi negative = g < 0.0f;
-            const vf x = select(negative, g, -g), e = select(x < -126.0f * ln2, zero(), exp_normal(x));
-            const vf large = 1.0f / (1.0f + e), small = e * large;
-            const vf sigmoid = select(negative, small, large), rest = select(negative, large, small),
-                     silu = g * sigmoid;
+            const Sigmoids p = sigmoids(g);
+            const vf silu = g * p.plus;
             store_output<kStream>(dup_row + i, d * silu, lanes);
-            store_output<kStream>(dgate_row + i, d * (sigmoid + silu * rest) * u, lanes);
+            store_output<kStream>(dgate_row + i, d * (p.plus + silu * p.minus) * u, lanes);
         });
     });
 }

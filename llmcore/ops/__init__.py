@@ -8,6 +8,9 @@ from llmcore.ops._dispatch import BACKENDS, Op, backend, registry
 from llmcore.ops.apply_rotary import apply_rotary
 from llmcore.ops.attention import attention
 from llmcore.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
+from llmcore.ops.grouped_gemm import grouped_gemm
+from llmcore.ops.moe_mlp import moe_mlp
+from llmcore.ops.moe_route import moe_route
 from llmcore.ops.rms_norm import rms_norm
 from llmcore.ops.selective_scan import selective_scan
 from llmcore.ops.selective_state_update import selective_state_update
@@ -22,6 +25,9 @@ __all__ = [
     "backend",
     "causal_conv1d",
     "causal_conv1d_update",
+    "grouped_gemm",
+    "moe_mlp",
+    "moe_route",
     "registry",
     "rms_norm",
     "selective_scan",

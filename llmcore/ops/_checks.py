@@ -53,3 +53,12 @@ def like(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor, *, 
 def at_most_as_wide(t: Tensor, x: Tensor) -> Tensor:
     """The kernels read any dtype that they compute in, beside an x of any; float64 is the reference's own."""
     return t.float() if t.dtype == torch.float64 and x.dtype != torch.float64 else t
+
+
+def autocast(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """The operands of a matrix product, in the dtype of the autocast that is in force, if one is."""
+    tensors = (x, *others)
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(t.to(dtype) for t in tensors)

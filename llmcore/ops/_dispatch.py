@@ -95,12 +95,13 @@ def missing(name: str, backend: str, device: str) -> str | None:
 def _default(name: str, device: str) -> str:
     op = registry[name]
     reasons: list[str] = []
+    is_slower = False  # than a kernel that there is would be
     for candidate in PREFERENCE.get(device, ("torch",)):
         if candidate in op.opt_in:
             continue
         reason = missing(name, candidate, device)
         if reason is None:
-            if reasons:
+            if is_slower:
                 _log.warning(
                     "%s runs on the %s backend for %s tensors because %s (`llmcore doctor` shows all ops).",
                     name, candidate, device, "; ".join(reasons),
@@ -109,6 +110,7 @@ def _default(name: str, device: str) -> str:
         if candidate == "triton" and device == "cpu":
             continue
         reasons.append(reason)
+        is_slower = is_slower or candidate in op.kernels
     raise AssertionError("unreachable: the torch backend is always available")
 
 

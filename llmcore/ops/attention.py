@@ -126,9 +126,7 @@ def attention(
     for name, tensor, dims in (("q", q, "(B, T_q, H, D)"), ("k", k, "(B, T_k, K, D)"), ("v", v, "(B, T_k, K, Dv)")):
         _checks.floating("attention", name, tensor)
         _checks.rank("attention", name, tensor, dims, 4)
-    if not q.is_meta and torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = _checks.autocast(q, k, v)
     B, _, H, D = q.shape
     _, T_k, K, _ = k.shape
     for name, tensor in (("k", k), ("v", v)):

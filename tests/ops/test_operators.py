@@ -23,6 +23,7 @@ IN_PLACE = {
 NAMES = sorted(ops.registry.keys() - IN_PLACE)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TABLES = tables(7, 16, DEVICE)
+SIZES, CHOICES = torch.tensor([3, 0, 4], device=DEVICE), torch.tensor([[0, 2]] * 3 + [[2, 0]] * 2, device=DEVICE)
 
 
 def leaf(*shape, dtype=torch.float32, permuted=False, seed=0):
@@ -67,6 +68,13 @@ def example(name, **how):
         keywords = {"dt_softplus": True, "dt_limit": (0.1, 2.0), "return_final_states": True}
         names = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")
         return by_name(ops.ssd, names), (*tensors, leaf(2, seed=6), z, leaf(2, seed=7)), keywords
+    if name == "grouped_gemm":
+        return ops.grouped_gemm, (leaf(7, 5, **how), leaf(3, 4, 5, seed=1, **how)), {"group_sizes": SIZES}
+    if name == "moe_route":
+        return ops.moe_route, (leaf(6, 8, **how),), {"top_k": 3, "return_scores": True}
+    if name == "moe_mlp":
+        tensors = (leaf(5, 6, **how), leaf(3, 8, 6, seed=1, **how), leaf(3, 6, 4, seed=2, **how), leaf(5, 2, seed=3))
+        return ops.moe_mlp, tensors, {"indices": CHOICES}
     q, k, v = leaf(2, 6, 4, 16, **how), leaf(2, 7, 2, 16, seed=1, **how), leaf(2, 7, 2, 24, seed=2, **how)
     return ops.attention, (q, k, v), {"causal": True, "return_lse": True}
 
@@ -113,6 +121,16 @@ def operator_arguments(name, backend, **how):
             (*tensors, leaf(2, 2, 5, 3, seed=8), None, None, *options),
             (*tensors[:5], None, None, None, None, None, numbers, *options),
         ]
+    if name == "grouped_gemm":
+        return [(*tensors, SIZES, backend)]
+    if name == "moe_route":
+        bias = torch.zeros(8, device=DEVICE)
+        return [
+            (*tensors, None, 3, True, True, 4, 2, 1.5, True, backend),
+            (*tensors, bias, 2, False, False, 1, 1, 1.0, False, backend),
+        ]
+    if name == "moe_mlp":
+        return [(*tensors, CHOICES, True, backend), (*(t.detach() for t in tensors), CHOICES, False, backend)]
     return [(*tensors, 0.25, -1, right, backend) for right in (0, -1)]
 
 

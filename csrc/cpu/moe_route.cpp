@@ -1,0 +1,184 @@
+// Routing: the experts of each token and their weights, and the gradient of its logits. See llmcore/ops/moe_route.py.
+//
+// The best are found by their place in an order of integers, in which NaN comes first, as in a sort of PyTorch's: an expert's score
+// is looked at once for each choice, vector by vector, and of equal ones the first is taken.
+#include <climits>
+#include <limits>
+
+#include "cpu/activations.h"
+#include "cpu/kernels.h"
+#include "cpu/rows.h"
+
+namespace llmcore::LLMCORE_ISA {
+namespace {
+
+constexpr int32_t kShut = INT_MIN;  // below every number's key
+
+// Rises with x; +0 and -0 have one key.
+LLMCORE_INLINE vi key_of(vf x) {
+    const vi bits = (vi)(x + 0.0f);
+    return select(x != x, broadcast_int(INT_MAX), bits ^ ((bits >> 31) & INT_MAX));
+}
+
+LLMCORE_INLINE int32_t key_of(float x) { return key_of(broadcast(x))[0]; }
+
+// A thread's arrays, of whole vectors.
+struct Token {
+    int64_t experts, padded;
+    Scratch memory;
+    float *scores, *gradient;
+    int32_t* keys;
+
+    explicit Token(int64_t E)
+        : experts(E), padded((E + VL - 1) / VL * VL), memory(3 * padded), scores(memory.data()), gradient(scores + padded),
+          keys((int32_t*)(gradient + padded)) {}
+};
+
+template <class T>
+LLMCORE_INLINE void score(const T* logits, bool is_sigmoid, Token& t) {
+    if (is_sigmoid) {
+        for_vectors(t.experts, [&](int64_t e, auto lanes) { store(t.scores + e, sigmoid(load(logits + e, lanes)), lanes); });
+        return;
+    }
+    vf top = broadcast(-std::numeric_limits<float>::infinity());
+    for_vectors(t.experts, [&](int64_t e, auto lanes) { top = max(top, first(load(logits + e, lanes), lanes, top)); });
+    const vf most = broadcast(reduce_max(top));
+    const float total = sum_vectors(t.experts, [&](int64_t e, auto lanes) {
+        const vf x = exp(load(logits + e, lanes) - most);
+        store(t.scores + e, x, lanes);
+        return first(x, lanes);
+    });
+    for_vectors(t.experts, [&](int64_t e, auto lanes) { store(t.scores + e, load(t.scores + e, lanes) / total, lanes); });
+}
+
+// Of the keys, the place of the first of the largest.
+LLMCORE_INLINE int64_t first_of_largest(const int32_t* keys, int64_t padded) {
+    vi best = load_bits<vi>(keys), vector{};
+    for (int64_t e = VL; e < padded; e += VL) {
+        const vi key = load_bits<vi>(keys + e), better = key > best;
+        best = select(better, key, best);
+        vector = select(better, broadcast_int(int32_t(e)), vector);
+    }
+    int32_t most = best[0], place = vector[0];
+    for (int lane = 1; lane < VL; lane++) {
+        const int32_t here = vector[lane] + lane;
+        const bool better = best[lane] > most || (best[lane] == most && here < place);
+        most = better ? best[lane] : most;
+        place = better ? here : place;
+    }
+    return place;
+}
+
+// Sum of a group's two largest, or its only one; a NaN counts as the largest.
+LLMCORE_INLINE float two_best(const float* ranked, int64_t count) {
+    float most = ranked[0], next = -std::numeric_limits<float>::infinity();
+    for (int64_t i = 1; i < count; i++) {
+        const float x = ranked[i];
+        if (x > most || x != x) {
+            next = most;
+            most = x;
+        } else if (x > next) {
+            next = x;
+        }
+    }
+    return count == 1 ? most : most + next;
+}
+
+// Shuts the experts whose group is not among the best ones.
+void shut_groups(Token& t, const float* ranked, int32_t* groups, int64_t num_groups, int64_t top_groups) {
+    const int64_t size = t.experts / num_groups, padded = (num_groups + VL - 1) / VL * VL;
+    for (int64_t g = 0; g < padded; g++) groups[g] = g < num_groups ? key_of(two_best(ranked + g * size, size)) : kShut;
+    for (int64_t n = 0; n < top_groups; n++) groups[first_of_largest(groups, padded)] = kShut;
+    // Those that are left open here were not chosen.
+    for (int64_t g = 0; g < num_groups; g++)
+        if (groups[g] != kShut)
+            for (int64_t e = g * size; e < (g + 1) * size; e++) t.keys[e] = kShut;
+}
+
+}  // namespace
+
+void moe_route_fwd(const void* logits, const float* bias, float* weights, int64_t* indices, float* scores, int64_t tokens,
+                   int64_t experts, int64_t top_k, int64_t logits_row_stride, bool is_sigmoid, bool normalize, int64_t num_groups,
+                   int64_t top_groups, float scale, DType dtype) {
+    parallel_for(tokens, kGrain / experts / 4, [&](int64_t begin, int64_t end) {
+        Token t(experts);
+        Scratch for_groups((num_groups + VL - 1) / VL * VL);
+        with_element(dtype, [&](auto element) {
+            const auto* const rows = static_cast<const decltype(element)*>(logits);
+            for (int64_t token = begin; token < end; token++) {
+                score(rows + token * logits_row_stride, is_sigmoid, t);
+                float* const ranked = bias == nullptr ? t.scores : t.gradient;
+                for_vectors(experts, [&](int64_t e, auto lanes) {
+                    vf x = load(t.scores + e, lanes);
+                    if (bias != nullptr) {
+                        x += load(bias + e, lanes);
+                        store(ranked + e, x, lanes);
+                    }
+                    store_bits(t.keys + e, key_of(x));
+                });
+                for (int64_t e = experts; e < t.padded; e++) t.keys[e] = kShut;
+                if (num_groups > 1) shut_groups(t, ranked, (int32_t*)for_groups.data(), num_groups, top_groups);
+                float* const w = weights + token * top_k;
+                int64_t* const chosen = indices + token * top_k;
+                float sum = 0.0f;
+                for (int64_t j = 0; j < top_k; j++) {
+                    chosen[j] = first_of_largest(t.keys, t.padded);
+                    t.keys[chosen[j]] = kShut;
+                    w[j] = t.scores[chosen[j]];
+                    sum += w[j];
+                }
+                for (int64_t j = 0; j < top_k; j++) w[j] = scale * (normalize ? w[j] / (sum + 1e-20f) : w[j]);
+                if (scores != nullptr)
+                    for_vectors(experts, [&](int64_t e, auto lanes) {
+                        store(scores + token * experts + e, load(t.scores + e, lanes), lanes);
+                    });
+            }
+        });
+    });
+}
+
+void moe_route_bwd(const float* dweights, const float* dscores, const void* logits, const int64_t* indices, void* dlogits,
+                   int64_t tokens, int64_t experts, int64_t top_k, int64_t logits_row_stride, bool is_sigmoid, bool normalize,
+                   float scale, DType dtype) {
+    parallel_for(tokens, kGrain / experts / 4, [&](int64_t begin, int64_t end) {
+        Token t(experts);
+        with_element(dtype, [&](auto element) {
+            using T = decltype(element);
+            for (int64_t token = begin; token < end; token++) {
+                const T* const row = static_cast<const T*>(logits) + token * logits_row_stride;
+                score(row, is_sigmoid, t);
+                for_vectors(experts, [&](int64_t e, auto lanes) {
+                    store(t.gradient + e, dscores == nullptr ? zero() : load(dscores + token * experts + e, lanes), lanes);
+                });
+                if (dweights != nullptr) {
+                    const float* const dw = dweights + token * top_k;
+                    const int64_t* const chosen = indices + token * top_k;
+                    float sum = 1.0f, mean = 0.0f;
+                    if (normalize) {
+                        sum = 0.0f;
+                        for (int64_t j = 0; j < top_k; j++) sum += t.scores[chosen[j]];
+                        sum += 1e-20f;
+                        for (int64_t j = 0; j < top_k; j++) mean += dw[j] * (t.scores[chosen[j]] / sum);
+                    }
+                    for (int64_t j = 0; j < top_k; j++) t.gradient[chosen[j]] += scale * ((dw[j] - mean) / sum);
+                }
+                T* const out = static_cast<T*>(dlogits) + token * experts;
+                if (is_sigmoid) {
+                    for_vectors(experts, [&](int64_t e, auto lanes) {
+                        const Sigmoids p = sigmoids(load(row + e, lanes));
+                        store(out + e, load(t.gradient + e, lanes) * p.plus * p.minus, lanes);
+                    });
+                    continue;
+                }
+                const float dot = sum_vectors(experts, [&](int64_t e, auto lanes) {
+                    return first(load(t.gradient + e, lanes) * load(t.scores + e, lanes), lanes);
+                });
+                for_vectors(experts, [&](int64_t e, auto lanes) {
+                    store(out + e, load(t.scores + e, lanes) * (load(t.gradient + e, lanes) - dot), lanes);
+                });
+            }
+        });
+    });
+}
+
+}  // namespace llmcore::LLMCORE_ISA
