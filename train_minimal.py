@@ -139,7 +139,7 @@ def train(
             if step % config.log_interval == 0 or step == max_steps:
                 now = meter.read(world)
                 skipped, in_a_row = guard.read()
-                report.log(step=step, seconds=elapsed(), lr=lr, skipped=skipped, **asdict(now))
+                report.log(step=step, seconds=elapsed(), lr=lr, skipped=skipped, **asdict(now), **engine.read_experts())
                 report.show(f"step {step}  loss {now.loss:.4f}  lr {lr:.2e}  {now}", done)
                 if in_a_row >= config.max_skipped:
                     fail_training(f"the gradient was not finite in {in_a_row} steps in a row, the last one")

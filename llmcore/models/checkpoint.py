@@ -42,7 +42,7 @@ def write(
         files.write_model(folder, state, config.to_dict())
     else:
         values = architecture.to_theirs(config, [tensor.dtype for tensor in state.values()])
-        state = {architecture.name_of(name): tensor for name, tensor in state.items()}
+        state = architecture.split({architecture.name_of(name): tensor for name, tensor in state.items()})
         files.write_model(folder, state, values, architecture.weights)
 
 
@@ -68,6 +68,7 @@ def load(path: str | os.PathLike[str]) -> Decoder:
     state, source = files.read_weights(folder)
     if architecture is not None:
         state = {architecture.aliases.get(name, name): tensor for name, tensor in state.items()}
+        state = architecture.join(state, source)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     theirs = {name: name if architecture is None else architecture.name_of(name) for name in shapes}
     if config.tie_word_embeddings and theirs[EMBEDDING] in state:

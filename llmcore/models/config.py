@@ -14,16 +14,27 @@ def suggest(given: str, allowed: list[str]) -> str:
 
 
 MIXERS = ("attention", "mamba", "mamba2")
+FEED_FORWARDS = ("dense", "experts")
+FROM_ZERO = (
+    "dropout",
+    "router_jitter",
+    "router_balance_loss",
+    "router_z_loss",
+    "router_bias_rate",
+    "num_shared_experts",
+)
 
 
 @dataclass
 class ModelConfig:
-    """A decoder-only language model: Llama's form, Mamba's, or layers of both by a pattern.
+    """A decoder-only language model: Llama's form, Mamba's, or layers of both by a pattern, with dense feed-forwards,
+    experts, or both by another.
 
     vocab_size: number of tokens. hidden_size: width C. intermediate_size: feed-forward width F.
     num_hidden_layers: blocks. num_attention_heads: H. num_key_value_heads: K, divides H; H when None.
     head_dim: D, hidden_size // H when None; 16 to 256 in steps of 8.
     max_position_embeddings: longest sequence, in tokens. rope_theta: base of the rotary angles.
+    qk_norm: whether each head's query and key are normalised, as Qwen3's are.
     rms_norm_eps: added to the mean of squares. tie_word_embeddings: the output layer is the embedding's weight.
     initializer_range: standard deviation of the initial weights.
     dropout: probability with which training zeroes an element of the embedding's, an attention's or an MLP's output.
@@ -34,6 +45,13 @@ class ModelConfig:
     mamba2_state_size: N of Mamba-2. mamba2_head_dim: P, divides the channels inside. mamba2_num_groups: G of heads that
     share B and C, divides the heads.
     mamba2_step_limit: least and greatest step; none when None.
+    feed_forward_pattern: "dense" or "experts", repeated over the layers, for those that have a feed-forward.
+    num_experts: E. num_experts_per_tok: k, 1 to E. moe_intermediate_size: width of an expert; intermediate_size when
+    None. num_shared_experts: experts that every token uses besides.
+    scoring_func: "softmax" over the experts or "sigmoid" of each. norm_topk_prob: whether the chosen scores are divided
+    by their sum. routed_scaling_factor: of the routed experts' sum. num_expert_groups, num_groups_per_tok: experts are
+    chosen among those of the best groups.
+    router_balance_loss, router_z_loss, router_jitter, router_bias_rate: see nn.MoE; in training only.
     residual_in_fp32: whether the stream between the layers is float32 where weights are of 16 bits; else it is theirs.
     bos_token_id, eos_token_id, pad_token_id: the tokenizer's, as Hugging Face's config.json has them; not read here.
     """
@@ -47,6 +65,7 @@ class ModelConfig:
     head_dim: int | None = None
     max_position_embeddings: int = 2048
     rope_theta: float = 10000.0
+    qk_norm: bool = False
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
@@ -61,6 +80,20 @@ class ModelConfig:
     mamba2_head_dim: int = 64
     mamba2_num_groups: int = 1
     mamba2_step_limit: list[float] | None = None
+    feed_forward_pattern: list[str] = field(default_factory=lambda: ["dense"])
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int | None = None
+    num_shared_experts: int = 0
+    scoring_func: str = "softmax"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    num_expert_groups: int = 1
+    num_groups_per_tok: int = 1
+    router_balance_loss: float = 0.01
+    router_z_loss: float = 0.001
+    router_jitter: float = 0.0
+    router_bias_rate: float = 0.0
     residual_in_fp32: bool = False
     bos_token_id: int | list[int] | None = None
     eos_token_id: int | list[int] | None = None
@@ -70,11 +103,12 @@ class ModelConfig:
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             if item.type is int or (item.type == (int | None) and value is not None):
-                if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                    raise ValueError(f"ModelConfig: {item.name} is {value!r}; allowed: whole numbers from 1.")
-            elif item.name == "dropout":
+                least = 0 if item.name in FROM_ZERO else 1
+                if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                    raise ValueError(f"ModelConfig: {item.name} is {value!r}; allowed: whole numbers from {least}.")
+            elif item.name in FROM_ZERO:
                 if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-                    raise ValueError(f"ModelConfig: dropout is {value!r}; allowed: numbers from 0 to below 1.")
+                    raise ValueError(f"ModelConfig: {item.name} is {value!r}; allowed: numbers from 0 to below 1.")
             elif item.name.endswith("_token_id"):
                 ids = value if isinstance(value, list) else [] if value is None else [value]
                 if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
@@ -122,6 +156,36 @@ class ModelConfig:
             self.mamba_dt_rank = -(-self.hidden_size // 16)
         if "mamba2" in pattern:
             self._check_mamba2()
+        kinds = self.feed_forward_pattern
+        if not isinstance(kinds, list | tuple) or not kinds or not set(kinds) <= set(FEED_FORWARDS):
+            raise ValueError(
+                f"ModelConfig: feed_forward_pattern is {kinds!r}; allowed: a list of {', '.join(FEED_FORWARDS)}."
+            )
+        self.feed_forward_pattern = list(kinds)
+        if self.moe_intermediate_size is None:
+            self.moe_intermediate_size = self.intermediate_size
+        if self.scoring_func not in ("softmax", "sigmoid"):
+            raise ValueError(f"ModelConfig: scoring_func is {self.scoring_func!r}; allowed: softmax, sigmoid.")
+        if "experts" in kinds:
+            self._check_experts()
+
+    def _check_experts(self) -> None:
+        experts, groups = self.num_experts, self.num_expert_groups
+        if experts % groups:
+            raise ValueError(
+                f"ModelConfig: num_expert_groups is {groups}; allowed: a divisor of num_experts = {experts}."
+            )
+        if self.num_groups_per_tok > groups:
+            raise ValueError(
+                f"ModelConfig: num_groups_per_tok is {self.num_groups_per_tok}; allowed: 1 to num_expert_groups = "
+                f"{groups}."
+            )
+        choice = experts // groups * self.num_groups_per_tok
+        if self.num_experts_per_tok > choice:
+            raise ValueError(
+                f"ModelConfig: num_experts_per_tok is {self.num_experts_per_tok}; allowed: 1 to the {choice} experts "
+                "to choose from."
+            )
 
     def _check_mamba2(self) -> None:
         inner, limit = self.mamba_expand * self.hidden_size, self.mamba2_step_limit
@@ -151,6 +215,14 @@ class ModelConfig:
     def has_feed_forward(self, layer: int) -> bool:
         return self.mixer(layer) == "attention" or self.mamba_feed_forward
 
+    def feed_forward(self, layer: int) -> str:
+        """What layer number `layer` has after its mixer: dense, experts or none."""
+        kinds = self.feed_forward_pattern
+        return kinds[layer % len(kinds)] if self.has_feed_forward(layer) else "none"
+
+    def has_experts(self, layer: int) -> bool:
+        return self.feed_forward(layer) == "experts"
+
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> "ModelConfig":
         """The preset `name` with `changes` applied to its fields."""
@@ -172,9 +244,9 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
-    def num_parameters(self) -> int:
-        """Parameters of the model, a tied output layer counted once."""
-        layers = sum(self._matrices(i) + self._vectors(i) for i in range(self.num_hidden_layers))
+    def num_parameters(self, active: bool = False) -> int:
+        """Parameters of the model, a tied output layer counted once; `active`: those that one token uses."""
+        layers = sum(self._matrices(i, active) + self._vectors(i) for i in range(self.num_hidden_layers))
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return layers + self.hidden_size + embeddings
 
@@ -184,7 +256,7 @@ class ModelConfig:
         that with the backward (recomputation not counted)."""
         total = 2.0 * self.vocab_size * self.hidden_size
         for i in range(self.num_hidden_layers):
-            total += 2 * self._matrices(i)
+            total += 2 * self._matrices(i, active=True)
             if self.mixer(i) == "attention":
                 total += 2 * self.num_attention_heads * (self.head_dim or 0) * (sequence_length + 1)
                 continue
@@ -199,11 +271,17 @@ class ModelConfig:
             return inner, inner, self.mamba_state_size
         return inner, inner + 2 * self.mamba2_num_groups * self.mamba2_state_size, self.mamba2_state_size
 
-    def _matrices(self, layer: int) -> int:
-        """Weights of a layer's matrix products."""
+    def _feed_forward(self, layer: int, active: bool) -> int:
+        if not self.has_experts(layer):
+            return 3 * self.hidden_size * self.intermediate_size if self.has_feed_forward(layer) else 0
+        experts = (self.num_experts_per_tok if active else self.num_experts) + self.num_shared_experts
+        return self.hidden_size * (3 * (self.moe_intermediate_size or 0) * experts + self.num_experts)
+
+    def _matrices(self, layer: int, active: bool) -> int:
+        """Weights of a layer's matrix products; `active`: those that one token meets."""
         C, D = self.hidden_size, self.head_dim or 0
         H, K = self.num_attention_heads, self.num_key_value_heads or 0
-        feed_forward = 3 * C * self.intermediate_size if self.has_feed_forward(layer) else 0
+        feed_forward = self._feed_forward(layer, active)
         if self.mixer(layer) == "attention":
             return C * D * (2 * H + 2 * K) + feed_forward
         inner, filtered, states = self._mamba_widths(layer)
@@ -215,7 +293,7 @@ class ModelConfig:
         """A layer's other parameters: norms, and Mamba's filters, biases, A and D."""
         norms = self.hidden_size * (2 if self.has_feed_forward(layer) else 1)
         if self.mixer(layer) == "attention":
-            return norms
+            return norms + (2 * (self.head_dim or 0) if self.qk_norm else 0)
         inner, filtered, states = self._mamba_widths(layer)
         filters = filtered * (self.mamba_conv_width + 1)
         if self.mixer(layer) == "mamba":

@@ -2,10 +2,11 @@
 
 Touvron et al., "LLaMA", 2023 (arXiv:2302.13971); Gu and Dao, "Mamba", 2023 (arXiv:2312.00752); Dao and Gu, Mamba-2's
 "Transformers are SSMs", 2024 (arXiv:2405.21060). Each block:
-    x = x + mixer(rms_norm(x))      x = x + swiglu(rms_norm(x)), which a layer of Mamba alone has not
+    x = x + mixer(rms_norm(x))      x = x + mlp(rms_norm(x)), which a layer of Mamba alone has not
+where mlp is one SwiGLU or experts of such (Shazeer et al., 2017, arXiv:1701.06538).
 The additions run inside the next norm: a block hands on its last output and the residual stream, still apart.
 Training can drop elements (Srivastava et al., "Dropout", 2014) of the embedding's output and of what each attention and
-swiglu adds to the stream, as GPT-2 does (Radford et al., 2019), which drops attention's probabilities besides.
+mlp adds to the stream, as GPT-2 does (Radford et al., 2019), which drops attention's probabilities besides.
 
 B batch, T time, C hidden size, V vocabulary.
 """
@@ -23,7 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from llmcore.models.cache import Cache
 from llmcore.models.config import ModelConfig
 from llmcore.models.generation import generate_tokens
-from llmcore.nn import Attention, KVCache, Mamba, Mamba2, RMSNorm, RotaryEmbedding, SwiGLU
+from llmcore.nn import Attention, KVCache, Mamba, Mamba2, MoE, RMSNorm, RotaryEmbedding, SwiGLU
+from llmcore.nn.moe import Experts, Routing
 
 
 def _outside(tokens: Tensor, vocab_size: int) -> int:
@@ -36,10 +38,12 @@ def _dropout(x: Tensor, probability: float, training: bool) -> Tensor:
 
 @dataclass
 class DecoderOutput:
-    """logits (B, T, V), None when the loss was asked for; loss: mean over targets, a float32 scalar, or None."""
+    """logits (B, T, V), None when the loss was asked for; loss: mean over targets, a float32 scalar, or None; in
+    training with what balances the experts, routing_loss, added."""
 
     logits: Tensor | None = None
     loss: Tensor | None = None
+    routing_loss: Tensor | None = None
 
 
 def _mamba(c: ModelConfig) -> Mamba:
@@ -51,6 +55,20 @@ def _mamba2(c: ModelConfig) -> Mamba2:
     return Mamba2(
         c.hidden_size, c.mamba2_state_size, c.mamba_conv_width, c.mamba_expand, c.mamba2_head_dim, c.mamba2_num_groups,
         (low, high), c.rms_norm_eps,
+    )  # fmt: skip
+
+
+def _feed_forward(c: ModelConfig, layer: int) -> SwiGLU | MoE | None:
+    if not c.has_feed_forward(layer):
+        return None
+    if not c.has_experts(layer):
+        return SwiGLU(c.hidden_size, c.intermediate_size)
+    assert c.moe_intermediate_size is not None
+    return MoE(
+        c.hidden_size, c.moe_intermediate_size, c.num_experts, c.num_experts_per_tok, c.num_shared_experts,
+        scoring=c.scoring_func, normalize=c.norm_topk_prob, num_groups=c.num_expert_groups,
+        top_groups=c.num_groups_per_tok, scale=c.routed_scaling_factor, jitter=c.router_jitter,
+        balance_loss=c.router_balance_loss, z_loss=c.router_z_loss, bias_rate=c.router_bias_rate,
     )  # fmt: skip
 
 
@@ -67,9 +85,10 @@ class DecoderLayer(nn.Module):
             self.mixer = _mamba(config) if kind == "mamba" else _mamba2(config)
         else:
             self.self_attn = Attention(
-                C, config.num_attention_heads, config.num_key_value_heads, config.head_dim, layer=self.number
-            )
-        self.mlp = SwiGLU(C, config.intermediate_size) if config.has_feed_forward(layer) else None
+                C, config.num_attention_heads, config.num_key_value_heads, config.head_dim, layer=self.number,
+                qk_norm_eps=config.rms_norm_eps if config.qk_norm else None,
+            )  # fmt: skip
+        self.mlp = _feed_forward(config, layer)
         self.input_layernorm = RMSNorm(C, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(C, config.rms_norm_eps) if self.mlp is not None else None
 
@@ -80,8 +99,9 @@ class DecoderLayer(nn.Module):
         rotary: RotaryEmbedding | None,
         positions: Tensor | None,
         cache: Cache | None,
-    ) -> tuple[Tensor, Tensor]:
-        """x: the last sublayer's output, residual: the stream before it (None in the first layer) -> the same pair."""
+    ) -> tuple[Tensor, Tensor, Routing | None]:
+        """x: the last sublayer's output, residual: the stream before it (None in the first layer) -> the same pair, and
+        what the routing of a layer with experts did."""
         if residual is None:
             wide = torch.promote_types(x.dtype, torch.float32) if self.residual_in_fp32 else x.dtype
             y, residual = self.input_layernorm(x), x.to(wide)
@@ -93,13 +113,14 @@ class DecoderLayer(nn.Module):
             x = self.self_attn(y, rotary, positions, None if cache is None else cache.kv)
         x = _dropout(x, self.dropout, self.training)
         if self.mlp is None or self.post_attention_layernorm is None:
-            return x, residual
+            return x, residual, None
         y, residual = self.post_attention_layernorm(x, residual)
-        return _dropout(self.mlp(y), self.dropout, self.training), residual
+        x, routing = self.mlp(y) if isinstance(self.mlp, MoE) else (self.mlp(y), None)
+        return _dropout(x, self.dropout, self.training), residual, routing
 
 
 class Backbone(nn.Module):
-    """Embedding, blocks and the final norm: token ids (B, T) -> hidden states (B, T, C)."""
+    """Embedding, blocks and the final norm: token ids (B, T) -> hidden states (B, T, C), and the experts' routings."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -115,20 +136,23 @@ class Backbone(nn.Module):
         self.dropout = config.dropout
         self.checkpointed_layers = 0
 
-    def forward(self, input_ids: Tensor, positions: Tensor | None, cache: Cache | None) -> Tensor:
+    def forward(self, input_ids: Tensor, positions: Tensor | None, cache: Cache | None) -> tuple[Tensor, list[Routing]]:
+        routings = []
         x, residual = _dropout(self.embed_tokens(input_ids), self.dropout, self.training), None
         checkpointed = self.checkpointed_layers if self.training and torch.is_grad_enabled() and cache is None else 0
         for i, layer in enumerate(self.layers):
             if i < checkpointed:
                 # Dropout alone draws random numbers, which the second run has to draw again.
-                x, residual = checkpoint(
+                x, residual, routing = checkpoint(
                     layer, x, residual, self.rotary, positions, None, use_reentrant=False,
                     preserve_rng_state=self.dropout > 0,
                 )  # fmt: skip
             else:
-                x, residual = layer(x, residual, self.rotary, positions, cache)
+                x, residual, routing = layer(x, residual, self.rotary, positions, cache)
+            if routing is not None:
+                routings.append(routing)
         y, _ = self.norm(x, residual)
-        return y
+        return y, routings
 
 
 class Decoder(nn.Module):
@@ -153,13 +177,34 @@ class Decoder(nn.Module):
                 continue
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
+            elif isinstance(module, Experts):
+                nn.init.normal_(module.gate_up_proj, std=self.config.initializer_range)
+                nn.init.normal_(module.down_proj, std=self.config.initializer_range)
             elif isinstance(module, RMSNorm):
                 nn.init.constant_(module.weight, 1.0 - module.weight_offset)
 
     def reset_buffers(self, device: torch.device) -> None:
-        """Computes the rotary tables again, on `device`: after a model was built on the meta device."""
+        """Computes the rotary tables again, on `device`: after a model was built on the meta device. Biases of experts
+        that have no numbers yet begin at zero."""
         if self.model.rotary is not None:
             self.model.rotary.reset_buffers(device)
+        for layer in self.expert_layers():
+            layer.reset_buffers(device)
+
+    def expert_layers(self) -> list[MoE]:
+        return [module for module in self.modules() if isinstance(module, MoE)]
+
+    def expert_load(self) -> Tensor | None:
+        """(layers with experts, E) float32: the pairs of a token and an expert that each got in training since the last
+        `balance_experts`; None without experts."""
+        layers = self.expert_layers()
+        return torch.stack([layer.load for layer in layers]) if layers else None
+
+    def balance_experts(self, load: Tensor) -> None:
+        """Once a step of training: moves the biases of the experts by their load, as `expert_load` gives it, of all
+        ranks, and begins to count anew."""
+        for layer, its_load in zip(self.expert_layers(), load, strict=True):
+            layer.balance(its_load)
 
     def tie_weights(self) -> None:
         if self.config.tie_word_embeddings:
@@ -200,16 +245,23 @@ class Decoder(nn.Module):
         self._check(input_ids, targets, cu_seqlens, cache)
         if cache is not None and positions is None:
             positions = torch.arange(cache.length, cache.length + input_ids.shape[1], device=input_ids.device)
-        x = self.model(input_ids, positions, cache)
+        x, routings = self.model(input_ids, positions, cache)
         if cache is not None:
             cache.kv.length += input_ids.shape[1]
+        if self.training and torch.is_grad_enabled():
+            for layer, routing in zip(self.expert_layers() if routings else [], routings, strict=True):
+                layer.load += routing.load
         logits = self.lm_head(x)
         if targets is None:
             return DecoderOutput(logits=logits)
         targets = targets.flatten().long()
         total = F.cross_entropy(logits.flatten(0, -2).float(), targets, ignore_index=-100, reduction="sum")
         loss = total / (targets != -100).sum().clamp(min=1)
-        return DecoderOutput(loss=loss)
+        costs = [routing.loss for routing in routings if routing.loss is not None]
+        if not costs:
+            return DecoderOutput(loss=loss)
+        routing_loss = torch.stack(costs).sum()
+        return DecoderOutput(loss=loss + routing_loss, routing_loss=routing_loss)
 
     def _check(self, input_ids: Tensor, targets: Tensor | None, cu_seqlens: Tensor | None, cache: Cache | None) -> None:
         if cu_seqlens is not None:

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from llmcore import ops
 from llmcore.nn.kv_cache import KVCache
+from llmcore.nn.rms_norm import RMSNorm
 from llmcore.nn.rotary_embedding import RotaryEmbedding
 
 
@@ -13,6 +14,8 @@ class Attention(nn.Module):
     Args:
         hidden_size: C. num_heads: H query heads. num_kv_heads: K, H a multiple of it; H when None.
         head_dim: D, C // H when None. layer: this layer's place in a KV cache.
+        qk_norm_eps: not None: each head's query and key go through an RMSNorm of that eps (Dehghani et al., 2023,
+            arXiv:2302.05442; as Qwen3 has it), which all heads share.
     """
 
     def __init__(
@@ -23,6 +26,7 @@ class Attention(nn.Module):
         head_dim: int | None = None,
         *,
         layer: int = 0,
+        qk_norm_eps: float | None = None,
     ) -> None:
         super().__init__()
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -44,6 +48,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden_size, bias=False)
+        self.q_norm = None if qk_norm_eps is None else RMSNorm(self.head_dim, qk_norm_eps)
+        self.k_norm = None if qk_norm_eps is None else RMSNorm(self.head_dim, qk_norm_eps)
 
     def forward(
         self, x: Tensor, rotary: RotaryEmbedding, positions: Tensor | None = None, cache: KVCache | None = None
@@ -52,6 +58,8 @@ class Attention(nn.Module):
         q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
         k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotary(q, k, positions)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)

@@ -21,9 +21,11 @@ def describe(config: TrainConfig, plan: Plan, corpus: Corpus, world_size: int, d
         limits.append(f"{config.max_seconds:g} s")
     here, on_cpu = (model.num_parameters() * share for share in bytes_per_parameter(config, plan, world_size))
     activations = saved_for_backward(model, config, plan.precision, device)
+    of_a_token = model.num_parameters(active=True)
+    active = "" if of_a_token == model.num_parameters() else f", {of_a_token:,} of them active for a token"
     factors = f"{config.batch_size} x {config.gradient_accumulation} forward passes x {world_size} processes"
     lines = [
-        f"model   {config.preset}, {model.num_parameters():,} parameters",
+        f"model   {config.preset}, {model.num_parameters():,} parameters{active}",
         f"text    {corpus.describe()}",
         f"batch   {sequences} sequences x {config.seq_len} = {tokens:,} tokens a step: {factors}",
         f"length  {' or '.join(limits)}",

@@ -47,6 +47,7 @@ class Engine:
 
     def __init__(self, model: models.Decoder, config: TrainConfig, plan: Plan, world: World) -> None:
         self.model, self.config, self.world = model.to(world.device), config, world
+        self.expert_load: Tensor | None = None
         self.optimizer: Optimizers = build_optimizer(self.model, config.optimizer)
         self.average = self._start_average()
         self.scale = LossScale(world.device) if plan.precision == "fp16" else None
@@ -84,7 +85,26 @@ class Engine:
             self.scale.update(bad)
         if self.average is not None:
             self.average.update(step)
+        self.balance_experts(1 - bad)
         return norm
+
+    def balance_experts(self, made: Tensor) -> None:
+        """Move the experts' biases by what they got on all ranks; made: 0 where the step was not, and they stay."""
+        load = self.model.expert_load()
+        if load is not None:
+            load = self.world.sum(load)
+            self.model.balance_experts(load * made)
+            self.expert_load = load if self.expert_load is None else self.expert_load + load
+
+    def read_experts(self) -> dict[str, float]:
+        """How evenly experts were used since the last reading, the worst layer's: the largest load by the mean one, and
+        the entropy of the loads by that of even ones. Empty without experts."""
+        load, self.expert_load = self.expert_load, None
+        if load is None:
+            return {}
+        shares = load / load.sum(-1, keepdim=True).clamp(min=1)
+        entropy = torch.special.entr(shares).sum(-1) / math.log(max(load.shape[1], 2))
+        return {"expert_load": (shares.amax(-1) * load.shape[1]).max().item(), "expert_entropy": entropy.min().item()}
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -181,18 +201,21 @@ class Engine:
                 )
 
 
-def replicate(model: nn.Module, seq_len: int) -> DistributedDataParallel:
+def replicate(model: models.Decoder, seq_len: int) -> DistributedDataParallel:
     """The model under DDP, whose gradient buckets are already those of the whole run.
 
     DDP groups the gradients anew after its first backward, in the order in which they came. Sums of three ranks and
     more round differently in other groups, so that a run which was resumed would part from one that was not. Two
     backward passes of a zero loss bring this before the first step.
     """
-    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    # All ranks compute the same buffers.
+    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
     tokens = torch.zeros(1, seq_len, dtype=torch.int64, device=next(model.parameters()).device)
     for _ in range(2):
         (parallel(tokens, tokens).loss * 0).backward()
         model.zero_grad()
+    for layer in model.expert_layers():
+        layer.load.zero_()
     return parallel
 
 

@@ -5,6 +5,7 @@ In bf16 and fp16 the model itself is in that type, and each rank keeps the fp32 
 """
 
 import contextlib
+import itertools
 import logging
 import math
 import os
@@ -48,6 +49,7 @@ class ZeroEngine(Engine):
         # DeepSpeed calls collectives by names that PyTorch is about to change
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.*")
         self.model, self.config, self.world = model, config, world
+        self.expert_load: Tensor | None = None
         assert plan.zero is not None
         self.stage, self.fp16 = plan.zero.stage, plan.precision == "fp16"
         if plan.zero.offload_optimizer:  # which then runs on this process's share of the processors
@@ -86,6 +88,7 @@ class ZeroEngine(Engine):
         norm = torch.as_tensor(self.zero.get_global_grad_norm(), device=self.world.device).float()
         if self.average is not None:
             self.average.update(step)
+        self.balance_experts(norm.isfinite().float())
         return norm
 
     def largest_weight(self) -> float:
@@ -121,7 +124,13 @@ class ZeroEngine(Engine):
         return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0)
 
     def _weights(self) -> dict[str, Tensor]:
-        return self._collect((name, safe_get_full_fp32_param(p)) for name, p in self.model.named_parameters())
+        weights = ((name, safe_get_full_fp32_param(p)) for name, p in self.model.named_parameters())
+        return self._collect(itertools.chain(weights, self._buffers().items()))
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Those that belong to the model's state; ZeRO shards none."""
+        names = self.model.state_dict().keys()
+        return {name: buffer for name, buffer in self.model.named_buffers() if name in names}
 
     def _moments(self) -> dict[str, Tensor]:
         steps = [state["step"] for state in self._states().values() if "step" in state]
@@ -148,6 +157,8 @@ class ZeroEngine(Engine):
         with safe_open(folder / WEIGHTS, framework="pt") as file:  # one tensor at a time: no rank need hold them all
             for name, p in self.model.named_parameters():
                 safe_set_full_fp32_param(p, file.get_tensor(name).to(self.world.device))
+            for name, buffer in self._buffers().items():
+                buffer.copy_(file.get_tensor(name))
         self._weights_changed()
 
     def _load_moments(self, read: Callable[[str], Tensor], names: list[str]) -> None:

@@ -8,18 +8,23 @@ PARAMETERS = {
     "tiny_mamba": 881_920,
     "tiny_mamba2": 891_944,
     "tiny_hybrid": 909_440,
+    "tiny_moe": 2_696_320,
     "test_small": 50_473_472,
     "1b_transformer": 1_100_048_384,
     "2b_transformer": 2_109_094_400,
     "3b_transformer": 3_015_355_392,
     "4b_transformer": 4_022_012_928,
     "7b_transformer": 6_738_415_616,
+    "6b_moe_8x2": 6_452_340_736,
+    "16b_moe_64x6": 16_087_369_728,
     "1b_mamba": 1_176_090_624,
     "1b_mamba2": 1_151_207_808,
     "1b_hybrid": 936_464_384,
     "3b_mamba_lite": 2_721_548_800,
     "7b_mamba": 7_002_132_480,
 }
+# Of those, what one token uses.
+ACTIVE = {"tiny_moe": 926_848, "6b_moe_8x2": 1_884_743_680, "16b_moe_64x6": 2_540_292_096}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -28,6 +33,7 @@ def test_parameter_counts(name):
     with torch.device("meta"):
         model = build(config)
     assert model.num_parameters() == config.num_parameters() == PARAMETERS[name]
+    assert config.num_parameters(active=True) == ACTIVE.get(name, PARAMETERS[name])
 
 
 def test_llamas_parameter_names():

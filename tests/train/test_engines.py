@@ -102,6 +102,42 @@ def test_the_curve_of_one_process(
     assert layout(tmp_path / "given" / "step_9") == layout(one / "step_9")
 
 
+EXPERTS = {
+    "feed_forward_pattern": "[experts]", "num_experts": 4, "moe_intermediate_size": 16, "router_bias_rate": 0.05,
+    "router_balance_loss": 0, "router_z_loss": 0,
+}  # fmt: skip
+FEW = [pytest.param(0, 2, id="ddp on 2"), pytest.param(2, 2, id="zero 2 on 2", marks=needs_deepspeed)]
+MORE = [pytest.param(s, 2, id=f"zero {s} on 2", marks=[needs_deepspeed, pytest.mark.slow]) for s in (1, 3)]
+
+
+@pytest.mark.parametrize(("stage", "ranks"), FEW + MORE)
+def test_experts_balance_by_the_load_of_all_ranks(
+    stage: int, ranks: int, small: list[str], tmp_path: Path, run_script: Script
+):
+    """The curve and the biases of one process, and the same bits after a resume."""
+    small += [f"--model.{name}={value}" for name, value in EXPERTS.items()]
+    argv = options(small, tmp_path, stage, ranks)
+    result = run_script(torchrun(ranks), [*argv, "--name", "given"])
+    assert result.returncode == 0, result.stderr
+    assert train_minimal.main([*options(small, tmp_path, 0, 1), "--engine", "single", "--name", "one"]) == 0
+    given, expected, resumed = tmp_path / "given", tmp_path / "one", tmp_path / "resumed"
+    assert_same_training(given, expected)
+    lines = [line for line in read_log(given) if "loss" in line]
+    assert all(1 <= line["expert_load"] <= 4 and 0 < line["expert_entropy"] <= 1 for line in lines)
+    mine, theirs = (models.load(run / "final").state_dict() for run in (given, expected))
+    biases = [name for name in mine if name.endswith("mlp.bias")]
+    assert len(biases) == 2
+    for name in biases:
+        assert bool(mine[name].any())
+        torch.testing.assert_close(mine[name], theirs[name], rtol=0, atol=0)
+    resumed.mkdir()
+    shutil.copy(given / "config.yaml", resumed)
+    shutil.copytree(given / "step_6", resumed / "step_6")
+    result = run_script(torchrun(ranks), ["--resume", str(resumed)])
+    assert result.returncode == 0, result.stderr
+    assert same_bits(resumed / "step_9", given / "step_9")
+
+
 def layout(checkpoint: Path) -> dict[str, list[str]]:
     """The names and shapes of all tensors."""
     from safetensors import safe_open
