@@ -359,7 +359,7 @@ def test_damaged_directories(tmp_path, capsys, damage, error, words):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "rwkv"}, 'model_type is "rwkv"; allowed: "mamba", "mamba2".'),
+        ({"model_type": "rwkv"}, 'model_type is "rwkv"; allowed: "mamba", "mamba2", "mixtral", "qwen3_moe".'),
         ({"model_type": ["mamba"]}, 'model_type is ["mamba"]; allowed: "mamba"'),
         ({"architectures": ["MambaModel"]}, 'architectures is ["MambaModel"]; allowed: ["MambaForCausalLM"].'),
         ({"hidden_act": "gelu"}, 'hidden_act is "gelu"; allowed: "silu", "swish".'),
@@ -421,10 +421,10 @@ def test_what_state_spaces_ask_for_in_vain(tmp_path, changes, words):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"layer_pattern": ["attention"]}, "has no model of attention layers with feed-forwards; allowed: mamba layers alone, mamba2"),
-        ({"layer_pattern": ["mamba", "attention"]}, "has no model of attention and mamba layers with feed-forwards; allowed: mamba"),
-        ({"layer_pattern": ["mamba", "mamba2"]}, "has no model of mamba and mamba2 layers; allowed: mamba layers alone, mamba2 layers alone, or format 'llmcore'."),
-        ({"mamba_feed_forward": True}, "has no model of mamba layers with feed-forwards; allowed: mamba layers alone"),
+        ({"layer_pattern": ["attention"]}, "has no model of attention layers with dense feed-forwards; allowed: mamba layers alone, mamba2"),
+        ({"layer_pattern": ["mamba", "attention"]}, "has no model of attention and mamba layers with dense feed-forwards; allowed: mamba"),
+        ({"layer_pattern": ["mamba", "mamba2"]}, "has no model of mamba and mamba2 layers; allowed: mamba layers alone, mamba2 layers alone, "),
+        ({"mamba_feed_forward": True}, "has no model of mamba layers with dense feed-forwards; allowed: mamba layers alone"),
     ],
 )  # fmt: skip
 def test_what_they_have_no_name_for(tmp_path, format, changes, words):

@@ -40,13 +40,26 @@ def choose(format: str, config: ModelConfig) -> Architecture | None:
         hint = suggest(str(format), [OWN, *FORMATS])
         raise ValueError(f"save: format is {format!r}; {hint}allowed: {', '.join((OWN, *FORMATS))}.")
     known = FORMATS[format].ARCHITECTURES
+    errors = []
     for architecture in known:
         if architecture.has_layers_of(config):
-            architecture.require_expressible(config, format)
-            return architecture
+            try:
+                architecture.require_expressible(config, format)
+                return architecture
+            except ValueError as error:
+                errors.append(error)
+    if errors:
+        raise errors[0]
     kinds = sorted({config.mixer(i) for i in range(config.num_hidden_layers)})
-    also = " with feed-forwards" if any(map(config.has_feed_forward, range(config.num_hidden_layers))) else ""
+    after = sorted({config.feed_forward(i) for i in range(config.num_hidden_layers)} - {"none"})
+    also = f" with {' and '.join(after)} feed-forwards" if after else ""
     raise ValueError(
         f"save: format {format!r} has no model of {' and '.join(kinds)} layers{also}; allowed: "
-        f"{', '.join(f'{a.mixer} layers alone' for a in known)}, or format {OWN!r}."
+        f"{', '.join(dict.fromkeys(_layers(a) for a in known))}, or format {OWN!r}."
     )
+
+
+def _layers(architecture: Architecture) -> str:
+    if architecture.feed_forwards == ("none",):
+        return f"{architecture.mixer} layers alone"
+    return f"{architecture.mixer} layers with {' and '.join(architecture.feed_forwards)}"

@@ -13,6 +13,7 @@ from llmcore.models.config import ModelConfig, suggest
 from llmcore.models.files import WEIGHTS
 
 Values = dict[str, Any]
+Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ def _nothing_more(values: Values, dtype: torch.dtype) -> Values:
 class Architecture:
     """A model that another package has a name for.
 
-    name: what they call it. mixer: what all its layers mix time with; feed_forward: whether they have one.
+    name: what they call it. mixer: what all its layers mix time with; feed_forwards: the kinds that they have, the last
+        of which at least one layer must have.
     fields: what both configurations say.
     only: what llmcore computes for some of their values alone, by name; silence means the first, which is written.
     implied: fields of ModelConfig for which they have one value and no name.
@@ -49,6 +51,7 @@ class Architecture:
     closed: whether a name that stands in none of these is refused.
     renames: how parameters' names begin, here and there; {} is the number of a layer. aliases: names they also read.
     weights: the file that is written. writes_tied_head: whether an output layer that is the embedding is written too.
+    split, join: what else is done to the tensors, by their names: written, and read from a file.
     prepare: what else is done to their config.json before the table is read. finish: what is done to what the table
         wrote, given a dtype in which every weight keeps its value.
     """
@@ -63,10 +66,12 @@ class Architecture:
     ignored: Collection[str] = ()
     always: Collection[str] | None = None
     closed: bool = False
-    feed_forward: bool = False
+    feed_forwards: tuple[str, ...] = ("none",)
     aliases: Mapping[str, str] = field(default_factory=dict)
     weights: str = WEIGHTS
     writes_tied_head: bool = False
+    split: Callable[[Tensors], Tensors] = dict
+    join: Callable[[Tensors, Path], Tensors] = _as_is
     prepare: Callable[[Values, Path], Values] = _as_is
     finish: Callable[[Values, torch.dtype], Values] = _nothing_more
 
@@ -90,7 +95,7 @@ class Architecture:
         given = {f.ours: values.get(f.theirs, f.default) for f in self.fields}
         given = {name: None if value == "auto" else value for name, value in given.items()}
         try:
-            return ModelConfig(layer_pattern=[self.mixer], **{**self.unread, **self.implied, **given})
+            return ModelConfig(**{"layer_pattern": [self.mixer], **self.unread, **self.implied, **given})
         except ValueError as error:
             sentence = str(error).removeprefix("ModelConfig: ")
             for f in self.fields:
@@ -114,8 +119,9 @@ class Architecture:
 
     def has_layers_of(self, config: ModelConfig) -> bool:
         layers = range(config.num_hidden_layers)
-        return all(config.mixer(i) == self.mixer for i in layers) and all(
-            config.has_feed_forward(i) == self.feed_forward for i in layers
+        kinds = {config.feed_forward(i) for i in layers}
+        return all(config.mixer(i) == self.mixer for i in layers) and self.feed_forwards[-1] in kinds <= set(
+            self.feed_forwards
         )
 
     def require_expressible(self, config: ModelConfig, format: str) -> None:

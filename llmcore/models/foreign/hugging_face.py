@@ -8,11 +8,15 @@ from pathlib import Path
 
 import torch
 
+from llmcore.models.foreign import mixtures
 from llmcore.models.foreign.architecture import Architecture, Field, Values, refusal
 from llmcore.models.foreign.mambas import NO_LIMIT, WITHOUT_ATTENTION, read_limit, renames
 
 # transformers' class of each model_type, as `architectures` has it.
-CLASSES = {"mamba": "MambaForCausalLM", "mamba2": "Mamba2ForCausalLM"}
+CLASSES = {
+    "mamba": "MambaForCausalLM", "mamba2": "Mamba2ForCausalLM", "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}  # fmt: skip
 
 ALIASES = {"backbone.embedding.weight": "backbone.embeddings.weight"}
 
@@ -108,7 +112,100 @@ MAMBA2 = Architecture(
     finish=_written_mamba2,
 )
 
-ARCHITECTURES = (MAMBA, MAMBA2)
+
+def _read_mixtral(values: Values, where: Path) -> Values:
+    return mixtures.read_rope({**values, "moe_intermediate_size": values.get("intermediate_size", 14336)}, where)
+
+
+def _written_mixtral(values: Values, dtype: torch.dtype) -> Values:
+    width = values.pop("moe_intermediate_size")
+    return mixtures.written("mixtral", CLASSES["mixtral"], {**values, "intermediate_size": width}, dtype)
+
+
+MIXTRAL = Architecture(
+    "mixtral",
+    mixer="attention",
+    feed_forwards=("experts",),
+    fields=(
+        *mixtures.COMMON,
+        Field("hidden_size", "hidden_size", 4096),
+        Field("moe_intermediate_size", "moe_intermediate_size", 14336),
+        Field("num_hidden_layers", "num_hidden_layers", 32),
+        Field("num_key_value_heads", "num_key_value_heads", 8),
+        Field("max_position_embeddings", "max_position_embeddings", 131072),
+        Field("rms_norm_eps", "rms_norm_eps", 1e-5),
+        Field("num_local_experts", "num_experts", 8),
+        Field("num_experts_per_tok", "num_experts_per_tok", 2),
+        Field("router_jitter_noise", "router_jitter", 0.0),
+        Field("bos_token_id", "bos_token_id", 1),
+        Field("eos_token_id", "eos_token_id", 2),
+    ),
+    renames=mixtures.renames("block_sparse_moe"),
+    only={**mixtures.ONLY, "sliding_window": (None,)},
+    implied={**mixtures.IMPLIED, "qk_norm": False, "norm_topk_prob": True},
+    unread={"feed_forward_pattern": ["experts"]},
+    ignored=mixtures.IGNORED,
+    prepare=_read_mixtral,
+    finish=_written_mixtral,
+    split=partial(mixtures.split, "w1", "w3", "w2"),
+    join=partial(mixtures.join, "w1", "w3", "w2"),
+)
+
+
+def _read_qwen3_moe(values: Values, where: Path) -> Values:
+    """Every decoder_sparse_step-th layer has experts, but for those that mlp_only_layers names. What is published says
+    num_experts, transformers 5 writes num_local_experts."""
+    layers, step = values.get("num_hidden_layers", 24), values.get("decoder_sparse_step", 1)
+    dense = values.get("mlp_only_layers") or []
+    if isinstance(step, bool) or not isinstance(step, int) or step < 1:
+        raise ValueError(f"load: {where}: decoder_sparse_step is {step!r}; allowed: whole numbers from 1.")
+    if not isinstance(dense, list):
+        raise ValueError(f"load: {where}: mlp_only_layers is {dense!r}; allowed: a list of layers.")
+    kinds = ["experts"]
+    if isinstance(layers, int) and (dense or step > 1):
+        kinds = ["dense" if i in dense or (i + 1) % step else "experts" for i in range(layers)]
+    experts = {"num_experts": values["num_local_experts"]} if "num_local_experts" in values else {}
+    return mixtures.read_rope({**values, **experts, "mlp_only_layers": kinds}, where)
+
+
+def _written_qwen3_moe(values: Values, dtype: torch.dtype) -> Values:
+    kinds, layers = values["mlp_only_layers"], values["num_hidden_layers"]
+    dense = [i for i in range(layers) if kinds[i % len(kinds)] == "dense"]
+    values = {**values, "mlp_only_layers": dense, "decoder_sparse_step": 1}
+    return mixtures.written("qwen3_moe", CLASSES["qwen3_moe"], values, dtype)
+
+
+QWEN3_MOE = Architecture(
+    "qwen3_moe",
+    mixer="attention",
+    feed_forwards=("dense", "experts"),
+    fields=(
+        *mixtures.COMMON,
+        Field("hidden_size", "hidden_size", 2048),
+        Field("intermediate_size", "intermediate_size", 6144),
+        Field("moe_intermediate_size", "moe_intermediate_size", 768),
+        Field("num_hidden_layers", "num_hidden_layers", 24),
+        Field("num_key_value_heads", "num_key_value_heads", 4),
+        Field("max_position_embeddings", "max_position_embeddings", 32768),
+        Field("rms_norm_eps", "rms_norm_eps", 1e-6),
+        Field("num_experts", "num_experts", 128),
+        Field("num_experts_per_tok", "num_experts_per_tok", 8),
+        Field("norm_topk_prob", "norm_topk_prob", False),
+        Field("mlp_only_layers", "feed_forward_pattern", ["experts"]),
+        Field("bos_token_id", "bos_token_id", None),
+        Field("eos_token_id", "eos_token_id", None),
+    ),
+    renames=mixtures.renames("mlp"),
+    only={**mixtures.ONLY, "attention_bias": (False,), "use_sliding_window": (False,)},
+    implied={**mixtures.IMPLIED, "qk_norm": True, "router_jitter": 0.0},
+    ignored=(*mixtures.IGNORED, "decoder_sparse_step"),
+    prepare=_read_qwen3_moe,
+    finish=_written_qwen3_moe,
+    split=partial(mixtures.split, "gate_proj", "up_proj", "down_proj"),
+    join=partial(mixtures.join, "gate_proj", "up_proj", "down_proj"),
+)
+
+ARCHITECTURES = (MAMBA, MAMBA2, MIXTRAL, QWEN3_MOE)
 
 
 def recognise(values: Values, where: Path) -> Architecture | None:
