@@ -96,6 +96,19 @@ def test_mamba2_does_not_spill_and_multiplies_on_the_tensor_cores(reports):
             assert (entry[wanted] > 0) == (entry["kernel"] in multiplying) and entry[other] == 0, entry
 
 
+def test_experts_do_not_spill_and_multiply_on_the_tensor_cores(reports):
+    multiplying = {"gate_up_kernel", "rows_times_weights_kernel", "rows_times_rows_kernel"}
+    for capability, entry in _entries(reports, 90, 80):
+        if entry["case"].startswith(("moe_mlp bf16", "grouped_gemm bf16")):
+            assert entry["stack"] == 0, entry
+            wanted, other = ("wgmma", "mma_sync") if capability == 90 else ("mma_sync", "wgmma")
+            assert (entry[wanted] > 0) == (entry["kernel"] in multiplying) and entry[other] == 0, entry
+            if entry["kernel"] in multiplying:
+                by_descriptor = capability == 90 and entry["kernel"] != "rows_times_rows_kernel"
+                assert (entry["bulk_copies"] > 0) == by_descriptor, entry
+                assert entry["bulk_copies"] > 0 or entry["async_copies"] > 0, entry
+
+
 def test_attention_multiplies_on_the_tensor_cores(reports):
     for capability, entry in _entries(reports, 90, 80):
         case = _attention(entry)
@@ -106,7 +119,7 @@ def test_attention_multiplies_on_the_tensor_cores(reports):
 
 def test_exact_products_stay_off_the_tensor_cores(reports):
     for _, entry in _entries(reports, 90, 80):
-        if entry["case"].startswith(("attention fp32", "ssd fp32")):
+        if entry["case"].startswith(("attention fp32", "ssd fp32", "moe_mlp fp32")):
             assert entry["wgmma"] == entry["mma_sync"] == 0, entry
 
 
