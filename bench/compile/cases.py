@@ -23,6 +23,7 @@ from llmcore.kernels import (
     causal_conv1d,
     device,
     expert_plan,
+    fused_swiglu,
     grouped_gemm,
     moe_mlp,
     moe_route,
@@ -85,6 +86,16 @@ def launch_swiglu(dtype, cols):
     x = torch.empty(8, 2 * cols, dtype=dtype)
     swiglu.swiglu_fwd(x[:, :cols], x[:, cols:])
     swiglu.swiglu_bwd(x[:, :cols], x[:, :cols], x[:, cols:])
+
+
+def launch_fused_swiglu(dtype, precision):
+    torch.set_float32_matmul_precision(precision)
+    x, w, h = (
+        torch.empty(4096, 1024, dtype=dtype),
+        torch.empty(2048, 1024, dtype=dtype),
+        torch.empty(4096, 4096, dtype=dtype),
+    )
+    fused_swiglu.fused_swiglu_fwd(x, w, w, h, torch.empty(4096, 2048, dtype=dtype))
 
 
 def launch_apply_rotary(dtype, D, R, interleaved):
@@ -201,6 +212,9 @@ def _expert_cases(everything: bool) -> Iterator[Case]:
         routes += [(name, 8, 2, 1, False) for name in DTYPES]
         mlps += [("fp16", 128, 8, 32768), ("tf32", 8, 2, 4096)]
         products += [(name, groups, 4096) for name in DTYPES for groups in (8, 256)]
+    for name in (*DTYPES, "tf32") if everything else ("bf16", "fp32"):
+        precision = "high" if name == "tf32" else "highest"
+        yield f"fused_swiglu {name}", partial(launch_fused_swiglu, DTYPES.get(name, torch.float32), precision)
     for name, experts, top_k, groups, sigmoid in routes:
         call = partial(launch_moe_route, DTYPES[name], experts, top_k, groups, sigmoid)
         yield f"moe_route {name} {experts} top {top_k} of {groups} groups", call

@@ -8,6 +8,7 @@ from llmcore.ops._dispatch import BACKENDS, Op, backend, registry
 from llmcore.ops.apply_rotary import apply_rotary
 from llmcore.ops.attention import attention
 from llmcore.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
+from llmcore.ops.fused_swiglu import fused_swiglu
 from llmcore.ops.grouped_gemm import grouped_gemm
 from llmcore.ops.moe_mlp import moe_mlp
 from llmcore.ops.moe_route import moe_route
@@ -25,6 +26,7 @@ __all__ = [
     "backend",
     "causal_conv1d",
     "causal_conv1d_update",
+    "fused_swiglu",
     "grouped_gemm",
     "moe_mlp",
     "moe_route",

@@ -70,6 +70,21 @@ def test_widths(backend, width, inner):
     check(backend, inputs_of(routed(40, 4, 2), 4, width, inner))
 
 
+def numbers_of_choices(experts):
+    return sorted({1, 2, 3, experts // 2, experts} & set(range(1, experts + 1)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["random", "skewed", "few"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("experts", "top_k"), [(e, k) for e in (1, 2, 3, 5, 8, 16, 33, 64, 128, 256) for k in numbers_of_choices(e)]
+)
+@pytest.mark.parametrize("tokens", [1, 19])
+def test_every_number_of_experts(backend, tokens, experts, top_k, dtype, kind):
+    check(backend, inputs_of(routed(tokens, experts, top_k, kind), experts, width=12, inner=8, dtype=dtype))
+
+
 def test_no_token(backend):
     check(backend, inputs_of(torch.zeros(0, 2, dtype=torch.int64), 3))
 

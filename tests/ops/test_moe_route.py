@@ -51,6 +51,20 @@ def test_all_experts_are_chosen(backend, experts):
     check(backend, logits_on_a_grid(3, experts), experts, scoring="sigmoid")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("step", [2**-4, 1.0], ids=["few ties", "many ties"])
+@pytest.mark.parametrize(
+    ("experts", "top_k"),
+    [(e, k) for e in (1, 2, 3, 7, 16, 33, 64, 129, 256) for k in sorted({1, 2, e // 2, e} & set(range(1, e + 1)))],
+)
+def test_every_number_of_experts(backend, experts, top_k, step, dtype, biased, scoring):
+    bias = bias_on_a_grid(experts) if biased else None
+    check(backend, logits_on_a_grid(13, experts, dtype, step=step), top_k, scoring=scoring, bias=bias)
+
+
 def test_no_token(backend):
     check(backend, logits_on_a_grid(0, 8), 2, return_scores=True)
 

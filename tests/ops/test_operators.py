@@ -68,6 +68,8 @@ def example(name, **how):
         keywords = {"dt_softplus": True, "dt_limit": (0.1, 2.0), "return_final_states": True}
         names = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")
         return by_name(ops.ssd, names), (*tensors, leaf(2, seed=6), z, leaf(2, seed=7)), keywords
+    if name == "fused_swiglu":
+        return ops.fused_swiglu, (leaf(4, 6, 8, **how), *(leaf(5, 8, seed=s, **how) for s in (1, 2))), {}
     if name == "grouped_gemm":
         return ops.grouped_gemm, (leaf(7, 5, **how), leaf(3, 4, 5, seed=1, **how)), {"group_sizes": SIZES}
     if name == "moe_route":
@@ -121,6 +123,8 @@ def operator_arguments(name, backend, **how):
             (*tensors, leaf(2, 2, 5, 3, seed=8), None, None, *options),
             (*tensors[:5], None, None, None, None, None, numbers, *options),
         ]
+    if name == "fused_swiglu":
+        return [(*tensors, True, backend), (*(t.detach() for t in tensors), False, backend)]
     if name == "grouped_gemm":
         return [(*tensors, SIZES, backend)]
     if name == "moe_route":
