@@ -118,3 +118,6 @@ class PlainTwin(nn.Module):
 
     def forward(self, input_ids: Tensor, targets: Tensor) -> DecoderOutput:
         return DecoderOutput(loss=self.decoder(input_ids, targets))
+
+    def expert_load(self) -> None:
+        """It has no experts."""

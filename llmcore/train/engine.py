@@ -208,8 +208,7 @@ def replicate(model: models.Decoder, seq_len: int) -> DistributedDataParallel:
     more round differently in other groups, so that a run which was resumed would part from one that was not. Two
     backward passes of a zero loss bring this before the first step.
     """
-    # All ranks compute the same buffers.
-    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
     tokens = torch.zeros(1, seq_len, dtype=torch.int64, device=next(model.parameters()).device)
     for _ in range(2):
         (parallel(tokens, tokens).loss * 0).backward()

@@ -71,16 +71,16 @@ def test_widths(backend, width, inner):
 
 
 def numbers_of_choices(experts):
-    return sorted({1, 2, 3, experts // 2, experts} & set(range(1, experts + 1)))
+    return sorted({1, 2, experts // 2, experts} & set(range(1, experts + 1)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["random", "skewed", "few"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("experts", "top_k"), [(e, k) for e in (1, 2, 3, 5, 8, 16, 33, 64, 128, 256) for k in numbers_of_choices(e)]
+    ("experts", "top_k"), [(e, k) for e in (1, 2, 5, 16, 33, 128, 256) for k in numbers_of_choices(e)]
 )
-@pytest.mark.parametrize("tokens", [1, 19])
+@pytest.mark.parametrize("tokens", [1, 9])
 def test_every_number_of_experts(backend, tokens, experts, top_k, dtype, kind):
     check(backend, inputs_of(routed(tokens, experts, top_k, kind), experts, width=12, inner=8, dtype=dtype))
 
