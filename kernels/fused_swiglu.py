@@ -1,7 +1,7 @@
 """Both products of a SwiGLU layer and its activation in one kernel: y = silu(x @ w_gate.T) * (x @ w_up.T).
 
-A tile has two sums, the gate's and the up's, from one load of x; h, the two products, is stored only where a backward
-pass will come. Tiles and configurations are those of products of groups, of which there is one here (group_tiles.py).
+A tile has two sums, the gate's and the up's, from one load of x; they are stored only where a backward pass will come.
+Tiles and configurations are those of products of groups, of which there is one here (group_tiles.py).
 """
 
 import torch
@@ -18,7 +18,8 @@ TOGETHER = 8
 
 @triton.jit(do_not_specialize=["rows"])
 def fused_swiglu_fwd_kernel(
-    x, w_gate, w_up, h_ptr, y_ptr, rows, inner, width, x_stride, gate_stride_n, gate_stride_k, up_stride_n, up_stride_k,
+    x, w_gate, w_up, gate_ptr, up_ptr, y_ptr, rows, inner, width, x_stride, gate_stride_n, gate_stride_k, up_stride_n,
+    up_stride_k,
     ROWS_TMA: tl.constexpr, GATE_TMA: tl.constexpr, UP_TMA: tl.constexpr, GATE_K_CONTIGUOUS: tl.constexpr,
     UP_K_CONTIGUOUS: tl.constexpr, TOGETHER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -50,13 +51,13 @@ def fused_swiglu_fwd_kernel(
     rounded_up = up.to(y_ptr.dtype.element_ty)
     column = n + tl.arange(0, BLOCK_N)
     mask = (row < rows)[:, None] & (column < inner)[None, :]
-    if h_ptr is not None:
-        at = h_ptr + row[:, None] * (2 * inner) + column[None, :]
-        tl.store(at, rounded_gate, mask=mask)
-        tl.store(at + inner, rounded_up, mask=mask)
+    at = row[:, None] * inner + column[None, :]
+    if gate_ptr is not None:
+        tl.store(gate_ptr + at, rounded_gate, mask=mask)
+        tl.store(up_ptr + at, rounded_up, mask=mask)
     gate = rounded_gate.to(tl.float32)
     y = gate * sigmoid(gate) * rounded_up.to(tl.float32)
-    tl.store(y_ptr + row[:, None] * inner + column[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def _dense(w: torch.Tensor) -> torch.Tensor:
@@ -64,10 +65,11 @@ def _dense(w: torch.Tensor) -> torch.Tensor:
 
 
 def fused_swiglu_fwd(
-    x: torch.Tensor, w_gate: torch.Tensor, w_up: torch.Tensor, h: torch.Tensor | None, y: torch.Tensor
-) -> None:
-    """Fills y (M, F) and, if it is asked for, h (M, 2F), both contiguous; x (M, C) has rows without gaps between
-    elements, w_gate and w_up are (F, C)."""
+    x: torch.Tensor, w_gate: torch.Tensor, w_up: torch.Tensor, gate: torch.Tensor | None, up: torch.Tensor | None,
+    y: torch.Tensor,
+) -> None:  # fmt: skip
+    """Fills y (M, F) and, if they are asked for, gate and up (M, F), all contiguous; x (M, C) has rows without gaps
+    between elements, w_gate and w_up are (F, C)."""
     (rows, width), inner = x.shape, w_gate.shape[0]
     p = plan(x, rows, 1)
     options = p.options()
@@ -78,7 +80,8 @@ def fused_swiglu_fwd(
     tiles = triton.cdiv(rows, options["BLOCK_M"]) * triton.cdiv(inner, block_n)
     with device.current(x.device):
         fused_swiglu_fwd_kernel[(tiles,)](
-            x_source, gate_source, up_source, h, y, rows, inner, width, x.stride(0), *w_gate.stride(), *w_up.stride(),
+            x_source, gate_source, up_source, gate, up, y, rows, inner, width, x.stride(0), *w_gate.stride(),
+            *w_up.stride(),
             ROWS_TMA=x_source is not x, GATE_TMA=not isinstance(gate_source, torch.Tensor),
             UP_TMA=not isinstance(up_source, torch.Tensor), GATE_K_CONTIGUOUS=gate_k, UP_K_CONTIGUOUS=up_k,
             TOGETHER=TOGETHER, **options,

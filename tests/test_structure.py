@@ -77,7 +77,9 @@ def test_every_op_has_its_rooms():
         assert (ROOT / f"llmcore/ops/{name}.py").exists() and (ROOT / f"tests/ops/test_{name}.py").exists()
         for backend, room in (("triton", f"kernels/{name}.py"), ("cuda", f"csrc/cuda/{name}.cu")):
             assert (backend in op.kernels) == (ROOT / room).exists(), f"{name}: {backend} and {room} disagree"
-        assert ("cpu" in op.kernels) == bool(list((ROOT / "csrc/cpu").glob(f"{name}*.cpp")))
+        own = list((ROOT / "csrc/cpu").glob(f"{name}*.cpp"))
+        assert ("cpu" in op.kernels) == bool(own or op.parts) and not (own and op.parts)
+        assert all("cpu" in ops.registry[part].kernels for part in op.parts)
 
 
 def test_inline_assembly_stands_in_one_file():

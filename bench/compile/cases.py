@@ -90,12 +90,8 @@ def launch_swiglu(dtype, cols):
 
 def launch_fused_swiglu(dtype, precision):
     torch.set_float32_matmul_precision(precision)
-    x, w, h = (
-        torch.empty(4096, 1024, dtype=dtype),
-        torch.empty(2048, 1024, dtype=dtype),
-        torch.empty(4096, 4096, dtype=dtype),
-    )
-    fused_swiglu.fused_swiglu_fwd(x, w, w, h, torch.empty(4096, 2048, dtype=dtype))
+    x, w, y = (torch.empty(shape, dtype=dtype) for shape in ((4096, 1024), (2048, 1024), (4096, 2048)))
+    fused_swiglu.fused_swiglu_fwd(x, w, w, y, y, y)
 
 
 def launch_apply_rotary(dtype, D, R, interleaved):

@@ -67,7 +67,7 @@ def case(
 
     weights, rows = 3 * E * C * inner * dtype.itemsize, T * k * dtype.itemsize
     flops = 6 * T * k * C * inner
-    kinds = ("eager", "batched_mm", "grouped_mm") if device == "cpu" else ("grouped_mm",)
+    kinds = ("eager", "grouped_mm") if device == "cpu" else ("grouped_mm",)
     return Case(
         f"T{T} C{C} F{inner} E{E} top {k} {name_of(dtype)}", ours, eager, reference, inputs,
         (weights + rows * (2 * C + 6 * inner), 3 * weights + rows * (6 * C + 12 * inner)), (flops, 2 * flops),

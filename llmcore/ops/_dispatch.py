@@ -25,11 +25,13 @@ _log = logging.getLogger("llmcore")
 
 @dataclass(frozen=True)
 class Op:
-    """What is known of an op's kernels: the table of `llmcore doctor`, and the rules of `resolve`."""
+    """What is known of an op's kernels: the table of `llmcore doctor`, and the rules of `resolve`. parts: the ops whose
+    C++ kernels it calls, where it has none of its own."""
 
     name: str
     kernels: tuple[str, ...]
     opt_in: dict[str, str] = field(default_factory=dict)
+    parts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         registry[self.name] = self

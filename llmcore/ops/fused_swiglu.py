@@ -1,9 +1,9 @@
 """fused_swiglu: y = silu(x @ w_gate.T) * (x @ w_up.T), the first half of a gated feed-forward, in one pass over x.
 
 Shazeer, "GLU Variants Improve Transformer", 2020 (arXiv:2002.05202).
-Backward, with (gate, up) = h the two products:   (dgate, dup) = swiglu's gradient of dy
+Backward, with gate and up the two products:   (dgate, dup) = swiglu's gradient of dy
     dx = dgate @ w_gate + dup @ w_up        dw_gate = dgate.T @ x        dw_up = dup.T @ x
-Saved: the inputs and h; y, which is a third as large as both, is not needed.
+Saved: the inputs, gate and up.
 
 M rows, C width, F inner width.
 """
@@ -20,7 +20,8 @@ from llmcore.ops._dispatch import Op, resolve
 from llmcore.ops._library import operator, public
 from llmcore.ops.swiglu import _swiglu, _swiglu_backward
 
-OP = Op("fused_swiglu", kernels=("triton",))
+# On the CPU PyTorch multiplies, and swiglu's kernels do the rest.
+OP = Op("fused_swiglu", kernels=("triton", "cpu"), parts=("swiglu",))
 
 
 def reference(x: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
@@ -30,9 +31,6 @@ def reference(x: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
 @public(reference)
 def fused_swiglu(x: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
     """Both products of a SwiGLU layer with the activation in their epilogue. Sums are taken in float32.
-
-    Where there is no kernel, as on the CPU, it is PyTorch's products and activation; `ops.swiglu` after two products is
-    then the faster way.
 
     Args:
         x: (..., C), float32, bfloat16 or float16 (float64 on the torch backend).
@@ -60,81 +58,72 @@ def fused_swiglu(x: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
     return _fused_swiglu(x, w_gate, w_up, keep, resolve("fused_swiglu", x))[0]
 
 
-def _outputs(x: Tensor, w_gate: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    """y, and h (M, 2F), the gate's columns first, or nothing."""
+def _outputs(x: Tensor, w_gate: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and gate and up (M, F), or nothing."""
     inner, rows = w_gate.shape[0], math.prod(x.shape[:-1])
-    return x.new_empty((*x.shape[:-1], inner)), x.new_empty((rows, 2 * inner) if keep else (0,))
+    kept = (rows, inner) if keep else (0,)
+    return x.new_empty((*x.shape[:-1], inner)), x.new_empty(kept), x.new_empty(kept)
 
 
-def _forward(x: Tensor, w_gate: Tensor, w_up: Tensor, keep: bool, backend: str) -> tuple[Tensor, Tensor]:
-    y, h = _outputs(x, w_gate, keep)
-    if y.numel() == 0:
-        return y, h
-    inner, rows = w_gate.shape[0], _native.rows(x)
+def _forward(x: Tensor, w_gate: Tensor, w_up: Tensor, keep: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    rows, inner = _native.rows(x), w_gate.shape[0]
     if backend == "triton":
-        from llmcore.kernels import fused_swiglu as kernel
+        y, gate, up = _outputs(x, w_gate, keep)
+        if y.numel():
+            from llmcore.kernels import fused_swiglu as kernel
 
-        kernel.fused_swiglu_fwd(rows, w_gate, w_up, h if keep else None, y.view(-1, inner))
-        return y, h
-    if not keep:
-        h = x.new_empty(len(rows), 2 * inner)
+            kept = (gate, up) if keep else (None, None)
+            kernel.fused_swiglu_fwd(rows, w_gate, w_up, kept[0], kept[1], y.view(-1, inner))
+        return y, gate, up
     with torch.autocast(x.device.type, enabled=False):
-        torch.mm(rows, w_gate.T, out=h[:, :inner])
-        torch.mm(rows, w_up.T, out=h[:, inner:])
-    y = _swiglu(h[:, :inner], h[:, inner:], backend).view(y.shape)
-    return y, h if keep else h.new_empty(0)
+        gate, up = rows @ w_gate.T, rows @ w_up.T
+    y = _swiglu(gate, up, backend).view(*x.shape[:-1], inner)
+    return (y, gate, up) if keep else (y, gate.new_empty(0), up.new_empty(0))
 
 
-def _fake(x: Tensor, w_gate: Tensor, w_up: Tensor, keep: bool, backend: str) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, w_gate: Tensor, w_up: Tensor, keep: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     return _outputs(x, w_gate, keep)
 
 
 def _backward(
-    dy: Tensor, x: Tensor, w_gate: Tensor, w_up: Tensor, h: Tensor, backend: str
+    dy: Tensor, x: Tensor, w_gate: Tensor, w_up: Tensor, gate: Tensor, up: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    inner = w_gate.shape[0]
-    dx, dw_gate, dw_up = _backward_fake(dy, x, w_gate, w_up, h, backend)
-    if h.numel() == 0 or x.shape[-1] == 0:
-        return dx.zero_(), dw_gate.zero_(), dw_up.zero_()
-    rows, dx_rows = _native.rows(x), dx.view(-1, x.shape[-1])
-    dgate, dup = _swiglu_backward(_native.rows(dy), h[:, :inner], h[:, inner:], backend)
+    rows, width = _native.rows(x), x.shape[-1]
+    dgate, dup = _swiglu_backward(dy.reshape(gate.shape), gate, up, backend)
     with torch.autocast(x.device.type, enabled=False):
-        torch.mm(dgate, w_gate, out=dx_rows)
-        dx_rows.addmm_(dup, w_up)
-        torch.mm(dgate.T, rows, out=dw_gate)
-        torch.mm(dup.T, rows, out=dw_up)
-    return dx, dw_gate, dw_up
+        dx = torch.addmm(dgate @ w_gate, dup, w_up).view(*x.shape[:-1], width)
+        return dx, dgate.T @ rows, dup.T @ rows
 
 
 def _backward_fake(
-    dy: Tensor, x: Tensor, w_gate: Tensor, w_up: Tensor, h: Tensor, backend: str
+    dy: Tensor, x: Tensor, w_gate: Tensor, w_up: Tensor, gate: Tensor, up: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _native.empty_like(x), _native.empty_like(w_gate), _native.empty_like(w_up)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor, Tensor]) -> None:
     x, w_gate, w_up, keep, ctx.backend = inputs
     if not keep:
         raise RuntimeError("fused_swiglu: a gradient is asked for, but keep is false; call llmcore.ops.fused_swiglu.")
-    ctx.mark_non_differentiable(outputs[1])
-    ctx.save_for_backward(x, w_gate, w_up, outputs[1])
+    ctx.mark_non_differentiable(*outputs[1:])
+    ctx.save_for_backward(x, w_gate, w_up, *outputs[1:])
 
 
-def _differentiate(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dy: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 5
     return *_fused_swiglu_backward(dy, *ctx.saved_tensors, ctx.backend), None, None
 
 
 _fused_swiglu = operator(
-    "fused_swiglu(Tensor x, Tensor w_gate, Tensor w_up, bool keep, str backend) -> (Tensor y, Tensor h)",
+    "fused_swiglu(Tensor x, Tensor w_gate, Tensor w_up, bool keep, str backend) -> (Tensor y, Tensor gate, Tensor up)",
     _forward,
     _fake,
     _save,
     _differentiate,
 )
 _fused_swiglu_backward = operator(
-    "fused_swiglu_backward(Tensor dy, Tensor x, Tensor w_gate, Tensor w_up, Tensor h, str backend) -> "
+    "fused_swiglu_backward(Tensor dy, Tensor x, Tensor w_gate, Tensor w_up, Tensor gate, Tensor up, str backend) -> "
     "(Tensor dx, Tensor dw_gate, Tensor dw_up)",
     _backward,
     _backward_fake,
