@@ -210,7 +210,7 @@ def _expert_cases(everything: bool) -> Iterator[Case]:
         products += [(name, groups, 4096) for name in DTYPES for groups in (8, 256)]
     for name in (*DTYPES, "tf32") if everything else ("bf16", "fp32"):
         precision = "high" if name == "tf32" else "highest"
-        yield f"fused_swiglu {name}", partial(launch_fused_swiglu, DTYPES.get(name, torch.float32), precision)
+        yield f"fused_swiglu {name} 2048", partial(launch_fused_swiglu, DTYPES.get(name, torch.float32), precision)
     for name, experts, top_k, groups, sigmoid in routes:
         call = partial(launch_moe_route, DTYPES[name], experts, top_k, groups, sigmoid)
         yield f"moe_route {name} {experts} top {top_k} of {groups} groups", call
