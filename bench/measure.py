@@ -37,8 +37,7 @@ def training_call(function: Function, inputs: Inputs, cotangents: list[Tensor]) 
     leaves = leaves_of(inputs)
 
     def call():
-        result = function(**inputs)
-        return torch.autograd.grad(result if isinstance(result, tuple) else (result,), leaves, cotangents)
+        return torch.autograd.grad(outputs_of(function, inputs), leaves, cotangents)
 
     return call
 

@@ -18,8 +18,9 @@ def leaves_of(inputs: Inputs) -> list[Tensor]:
 
 
 def outputs_of(function: Function, inputs: Inputs) -> list[Tensor]:
+    """Those of floating-point numbers."""
     result = function(**inputs)
-    return list(result) if isinstance(result, tuple) else [result]
+    return [t for t in (result if isinstance(result, tuple) else (result,)) if t.is_floating_point()]
 
 
 def copy_of(inputs: Inputs) -> Inputs:

@@ -13,11 +13,16 @@ def case(T: int, E: int, k: int, dtype: torch.dtype, device: str = "cpu", short:
     def inputs(device):
         return {"logits": torch.randn(T, E, device=device).to(dtype).requires_grad_(), "top_k": k}
 
+    def distinct(device):
+        """Numbers that are equal in every dtype or far apart, so that all choose the same experts."""
+        logits = (torch.randn(min(T, 512), E, device=device) * 16).round() / 16
+        return {"logits": logits.to(dtype).requires_grad_(), "top_k": k}
+
     tensor = T * E * dtype.itemsize
     return Case(
         f"{T}x{E} top {k} {name_of(dtype)}", ops.moe_route, eager, ops.moe_route.reference, inputs,
         (tensor + 12 * T * k, 2 * tensor + 12 * T * k), (T * E * (4 + k), T * E * 6),
-        facts={"dtype": name_of(dtype), "experts": E}, device=device, short=short,
+        check=distinct, facts={"dtype": name_of(dtype), "experts": E}, device=device, short=short,
     )  # fmt: skip
 
 
