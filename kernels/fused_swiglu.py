@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from . import device
-from .group_tiles import load_rows, load_weight, plan
+from .group_tiles import dense, load_rows, load_weight, plan
 from .scan_math import sigmoid
 
 # Rows of tiles that are taken together, so that their columns find the weights in the L2 cache.
@@ -60,10 +60,6 @@ def fused_swiglu_fwd_kernel(
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def _dense(w: torch.Tensor) -> torch.Tensor:
-    return w if 1 in w.stride() else w.contiguous()
-
-
 def fused_swiglu_fwd(
     x: torch.Tensor, w_gate: torch.Tensor, w_up: torch.Tensor, gate: torch.Tensor | None, up: torch.Tensor | None,
     y: torch.Tensor,
@@ -74,7 +70,7 @@ def fused_swiglu_fwd(
     p = plan(x, rows, 1)
     options = p.options()
     options["BLOCK_N"] = block_n = options["BLOCK_N"] // 2  # there are two products
-    w_gate, w_up = _dense(w_gate), _dense(w_up)
+    w_gate, w_up = dense(w_gate), dense(w_up)
     x_source = p.rows(x)
     (gate_source, gate_k), (up_source, up_k) = (p.weights(w[None], block_n) for w in (w_gate, w_up))
     tiles = triton.cdiv(rows, options["BLOCK_M"]) * triton.cdiv(inner, block_n)

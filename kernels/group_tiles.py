@@ -97,6 +97,11 @@ def load_weight(
         return tl.load(pointers, mask=(i < K) & (j < N), other=0.0)
 
 
+def dense(w: torch.Tensor) -> torch.Tensor:
+    """w (..., N, K) with rows or columns without gaps, as load_weight reads them."""
+    return w if 1 in w.stride()[-2:] else w.contiguous()
+
+
 def describable(tensor: torch.Tensor) -> bool:
     """Bulk copies want rows that begin at multiples of 16 bytes, the last dimension contiguous."""
     *strides, last = tensor.stride()

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import device
-from .group_tiles import Plan, load_rows, load_weight, my_rows, plan, tiles_of_groups, tokens_of
+from .group_tiles import Plan, dense, load_rows, load_weight, my_rows, plan, tiles_of_groups, tokens_of
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) of rows_times_rows, by architecture and kind as in group_tiles.ROWS.
 PAIRS = {
@@ -114,7 +114,7 @@ def rows_times_weights(
     rows = y.shape[0]
     if rows == 0 or groups == 0 or N == 0:
         return
-    a, w = _unit_stride(a), w if 1 in w.stride()[1:] else w.contiguous()
+    a, w = _unit_stride(a), dense(w)
     p = p or plan(a, rows, groups)
     block_n = p.tile[1]
     a_source = a if gather else p.rows(a)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import device
-from .group_tiles import Plan, load_rows, load_weight, my_rows, plan, tiles_of_groups, tokens_of
+from .group_tiles import Plan, dense, load_rows, load_weight, my_rows, plan, tiles_of_groups, tokens_of
 from .grouped_gemm import rows_times_rows, rows_times_weights
 from .scan_math import sigmoid
 
@@ -130,10 +130,6 @@ def _weight(p: Plan, w: torch.Tensor, block_n: int, second_half: int = 0) -> tup
     return source, {"WEIGHT_TMA": source is not w, "K_CONTIGUOUS": k_contiguous}
 
 
-def _dense(w: torch.Tensor) -> torch.Tensor:
-    return w if 1 in w.stride()[1:] else w.contiguous()
-
-
 def moe_mlp_fwd(
     x: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor, weights: torch.Tensor, order: torch.Tensor,
     place: torch.Tensor, offsets: torch.Tensor, h: torch.Tensor | None, y: torch.Tensor,
@@ -147,7 +143,7 @@ def moe_mlp_fwd(
     p = plan(x, pairs, experts)
     options = p.options()
     options["BLOCK_N"] = block_n = options["BLOCK_N"] // 2  # there are two products
-    w_gate_up, w_down = _dense(w_gate_up), _dense(w_down)
+    w_gate_up, w_down = dense(w_gate_up), dense(w_down)
     act, out = x.new_empty(pairs, inner), x.new_empty(pairs, width)
     top_k = pairs // tokens
     source, constants = _weight(p, w_gate_up, block_n, inner)
