@@ -22,7 +22,19 @@ LLMCORE_INLINE vi key_of(vf x) {
 
 LLMCORE_INLINE int32_t key_of(float x) { return key_of(broadcast(x))[0]; }
 
-// A thread's arrays, of whole vectors.
+LLMCORE_INLINE vi lane_numbers() {
+    vi x;
+    for (int i = 0; i < VL; ++i) x[i] = i;
+    return x;
+}
+
+LLMCORE_INLINE vi first_keys(vi keys, Whole) { return keys; }
+LLMCORE_INLINE vi first_keys(vi keys, int n) { return select(lane_numbers() < broadcast_int(n), keys, broadcast_int(kShut)); }
+
+// Tokens that are worth a thread: a choice costs about as much as the score of 16 experts.
+int64_t grain(int64_t experts, int64_t top_k) { return kGrain / 8 / (VL + experts + 16 * top_k); }
+
+// A thread's arrays, of whole vectors: a store of a part of one would hold up the load of the whole.
 struct Token {
     int64_t experts, padded;
     Scratch memory;
@@ -34,21 +46,21 @@ struct Token {
           keys((int32_t*)(gradient + padded)) {}
 };
 
+// Leaves in t.scores numbers in the scores' order and returns what makes scores of them.
 template <class T>
-LLMCORE_INLINE void score(const T* logits, bool is_sigmoid, Token& t) {
+LLMCORE_INLINE float score(const T* logits, bool is_sigmoid, Token& t) {
     if (is_sigmoid) {
-        for_vectors(t.experts, [&](int64_t e, auto lanes) { store(t.scores + e, sigmoid(load(logits + e, lanes)), lanes); });
-        return;
+        for_vectors(t.experts, [&](int64_t e, auto lanes) { store(t.scores + e, sigmoid(load(logits + e, lanes))); });
+        return 1.0f;
     }
     vf top = broadcast(-std::numeric_limits<float>::infinity());
     for_vectors(t.experts, [&](int64_t e, auto lanes) { top = max(top, first(load(logits + e, lanes), lanes, top)); });
     const vf most = broadcast(reduce_max(top));
-    const float total = sum_vectors(t.experts, [&](int64_t e, auto lanes) {
-        const vf x = exp(load(logits + e, lanes) - most);
-        store(t.scores + e, x, lanes);
-        return first(x, lanes);
+    return 1.0f / sum_vectors(t.experts, [&](int64_t e, auto lanes) {
+        const vf x = first(exp(first(load(logits + e, lanes) - most, lanes)), lanes);
+        store(t.scores + e, x);
+        return x;
     });
-    for_vectors(t.experts, [&](int64_t e, auto lanes) { store(t.scores + e, load(t.scores + e, lanes) / total, lanes); });
 }
 
 // Of the keys, the place of the first of the largest.
@@ -59,14 +71,8 @@ LLMCORE_INLINE int64_t first_of_largest(const int32_t* keys, int64_t padded) {
         best = select(better, key, best);
         vector = select(better, broadcast_int(int32_t(e)), vector);
     }
-    int32_t most = best[0], place = vector[0];
-    for (int lane = 1; lane < VL; lane++) {
-        const int32_t here = vector[lane] + lane;
-        const bool better = best[lane] > most || (best[lane] == most && here < place);
-        most = better ? best[lane] : most;
-        place = better ? here : place;
-    }
-    return place;
+    const vi behind = select(best == broadcast_int(reduce_max(best)), -(vector + lane_numbers()), broadcast_int(INT_MIN));
+    return -int64_t(reduce_max(behind));
 }
 
 // Sum of a group's two largest, or its only one; a NaN counts as the largest.
@@ -100,23 +106,22 @@ void shut_groups(Token& t, const float* ranked, int32_t* groups, int64_t num_gro
 void moe_route_fwd(const void* logits, const float* bias, float* weights, int64_t* indices, float* scores, int64_t tokens,
                    int64_t experts, int64_t top_k, int64_t logits_row_stride, bool is_sigmoid, bool normalize, int64_t num_groups,
                    int64_t top_groups, float scale, DType dtype) {
-    parallel_for(tokens, kGrain / experts / 4, [&](int64_t begin, int64_t end) {
+    parallel_for(tokens, grain(experts, top_k), [&](int64_t begin, int64_t end) {
         Token t(experts);
         Scratch for_groups((num_groups + VL - 1) / VL * VL);
         with_element(dtype, [&](auto element) {
             const auto* const rows = static_cast<const decltype(element)*>(logits);
             for (int64_t token = begin; token < end; token++) {
-                score(rows + token * logits_row_stride, is_sigmoid, t);
+                const float factor = score(rows + token * logits_row_stride, is_sigmoid, t);
                 float* const ranked = bias == nullptr ? t.scores : t.gradient;
                 for_vectors(experts, [&](int64_t e, auto lanes) {
-                    vf x = load(t.scores + e, lanes);
+                    vf x = load(t.scores + e);
                     if (bias != nullptr) {
-                        x += load(bias + e, lanes);
-                        store(ranked + e, x, lanes);
+                        x = x * factor + load(bias + e, lanes);
+                        store(ranked + e, x);
                     }
-                    store_bits(t.keys + e, key_of(x));
+                    store_bits(t.keys + e, first_keys(key_of(x), lanes));
                 });
-                for (int64_t e = experts; e < t.padded; e++) t.keys[e] = kShut;
                 if (num_groups > 1) shut_groups(t, ranked, (int32_t*)for_groups.data(), num_groups, top_groups);
                 float* const w = weights + token * top_k;
                 int64_t* const chosen = indices + token * top_k;
@@ -124,13 +129,13 @@ void moe_route_fwd(const void* logits, const float* bias, float* weights, int64_
                 for (int64_t j = 0; j < top_k; j++) {
                     chosen[j] = first_of_largest(t.keys, t.padded);
                     t.keys[chosen[j]] = kShut;
-                    w[j] = t.scores[chosen[j]];
+                    w[j] = t.scores[chosen[j]] * factor;
                     sum += w[j];
                 }
                 for (int64_t j = 0; j < top_k; j++) w[j] = scale * (normalize ? w[j] / (sum + 1e-20f) : w[j]);
                 if (scores != nullptr)
                     for_vectors(experts, [&](int64_t e, auto lanes) {
-                        store(scores + token * experts + e, load(t.scores + e, lanes), lanes);
+                        store(scores + token * experts + e, load(t.scores + e) * factor, lanes);
                     });
             }
         });
@@ -140,15 +145,15 @@ void moe_route_fwd(const void* logits, const float* bias, float* weights, int64_
 void moe_route_bwd(const float* dweights, const float* dscores, const void* logits, const int64_t* indices, void* dlogits,
                    int64_t tokens, int64_t experts, int64_t top_k, int64_t logits_row_stride, bool is_sigmoid, bool normalize,
                    float scale, DType dtype) {
-    parallel_for(tokens, kGrain / experts / 4, [&](int64_t begin, int64_t end) {
+    parallel_for(tokens, grain(experts, top_k), [&](int64_t begin, int64_t end) {
         Token t(experts);
         with_element(dtype, [&](auto element) {
             using T = decltype(element);
             for (int64_t token = begin; token < end; token++) {
                 const T* const row = static_cast<const T*>(logits) + token * logits_row_stride;
-                score(row, is_sigmoid, t);
+                const float factor = score(row, is_sigmoid, t);
                 for_vectors(experts, [&](int64_t e, auto lanes) {
-                    store(t.gradient + e, dscores == nullptr ? zero() : load(dscores + token * experts + e, lanes), lanes);
+                    store(t.gradient + e, dscores == nullptr ? zero() : load(dscores + token * experts + e, lanes));
                 });
                 if (dweights != nullptr) {
                     const float* const dw = dweights + token * top_k;
@@ -156,9 +161,9 @@ void moe_route_bwd(const float* dweights, const float* dscores, const void* logi
                     float sum = 1.0f, mean = 0.0f;
                     if (normalize) {
                         sum = 0.0f;
-                        for (int64_t j = 0; j < top_k; j++) sum += t.scores[chosen[j]];
+                        for (int64_t j = 0; j < top_k; j++) sum += t.scores[chosen[j]] * factor;
                         sum += 1e-20f;
-                        for (int64_t j = 0; j < top_k; j++) mean += dw[j] * (t.scores[chosen[j]] / sum);
+                        for (int64_t j = 0; j < top_k; j++) mean += dw[j] * (t.scores[chosen[j]] * factor / sum);
                     }
                     for (int64_t j = 0; j < top_k; j++) t.gradient[chosen[j]] += scale * ((dw[j] - mean) / sum);
                 }
@@ -166,15 +171,15 @@ void moe_route_bwd(const float* dweights, const float* dscores, const void* logi
                 if (is_sigmoid) {
                     for_vectors(experts, [&](int64_t e, auto lanes) {
                         const Sigmoids p = sigmoids(load(row + e, lanes));
-                        store(out + e, load(t.gradient + e, lanes) * p.plus * p.minus, lanes);
+                        store(out + e, load(t.gradient + e) * p.plus * p.minus, lanes);
                     });
                     continue;
                 }
-                const float dot = sum_vectors(experts, [&](int64_t e, auto lanes) {
-                    return first(load(t.gradient + e, lanes) * load(t.scores + e, lanes), lanes);
+                const float dot = factor * sum_vectors(experts, [&](int64_t e, auto lanes) {
+                    return first(load(t.gradient + e) * load(t.scores + e), lanes);
                 });
                 for_vectors(experts, [&](int64_t e, auto lanes) {
-                    store(out + e, load(t.scores + e, lanes) * (load(t.gradient + e, lanes) - dot), lanes);
+                    store(out + e, load(t.scores + e) * factor * (load(t.gradient + e) - dot), lanes);
                 });
             }
         });

@@ -169,6 +169,23 @@ LLMCORE_INLINE float reduce_max(vf x) {
 #endif
 }
 
+LLMCORE_INLINE int32_t reduce_max(vi x) {
+#if defined(LLMCORE_AVX512) || defined(LLMCORE_AVX2)
+#if defined(LLMCORE_AVX512)
+    const __m256i y = _mm256_max_epi32(_mm256_castps_si256(low_half((vf)x)), _mm256_castps_si256(high_half((vf)x)));
+#else
+    const __m256i y = (__m256i)x;
+#endif
+    __m128i z = _mm_max_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
+    z = _mm_max_epi32(z, _mm_shuffle_epi32(z, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(z, _mm_shuffle_epi32(z, 0xb1)));
+#else
+    int32_t most = x[0];
+    for (int i = 1; i < VL; ++i) most = most > x[i] ? most : x[i];
+    return most;
+#endif
+}
+
 // ---- between floats and 16-bit elements -------------------------------------------------------------------------------------
 
 LLMCORE_INLINE vf widen_bf16(vh h) {
