@@ -85,3 +85,10 @@ def groups(offsets: Tensor) -> Iterator[tuple[int, int, int]]:
     for expert, (begin, end) in enumerate(zip(places, places[1:], strict=False)):
         if begin < end:
             yield expert, begin, end
+
+
+def zero_of_no_rows(offsets: Tensor, *gradients: Tensor) -> None:
+    """Zeros in the gradients (E, ...) of the weights that met no row. Not in all: together they outgrow the cache."""
+    for expert in (offsets[1:] == offsets[:-1]).nonzero().flatten().tolist():
+        for gradient in gradients:
+            gradient[expert].zero_()

@@ -16,7 +16,7 @@ from torch import Tensor
 from llmcore.ops import _checks
 from llmcore.ops._dispatch import Op, resolve
 from llmcore.ops._documents import shown, values_are_checked
-from llmcore.ops._experts import few_shapes, groups, product_into
+from llmcore.ops._experts import few_shapes, groups, product_into, zero_of_no_rows
 from llmcore.ops._library import operator, public
 
 OP = Op("grouped_gemm", kernels=("triton",))
@@ -116,7 +116,7 @@ def _backward(dy: Tensor, x: Tensor, w: Tensor, group_sizes: Tensor, backend: st
         kernel.rows_times_weights(dy, w.transpose(1, 2), offsets, dx)
         kernel.rows_times_rows(dy, x, offsets, dw)
         return dx, dw
-    dw.zero_()
+    zero_of_no_rows(offsets, dw)
     with torch.autocast(x.device.type, enabled=False):
         for e, begin, end in groups(offsets):
             product_into(dx, begin, _rows(dy, begin, end), w[e])

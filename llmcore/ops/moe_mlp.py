@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llmcore.ops import _checks, _native
 from llmcore.ops._dispatch import Op, resolve
-from llmcore.ops._experts import empty_plan, few_shapes, groups, plan, product_into
+from llmcore.ops._experts import empty_plan, few_shapes, groups, plan, product_into, zero_of_no_rows
 from llmcore.ops._library import operator, public
 from llmcore.ops.swiglu import _swiglu
 
@@ -31,10 +31,10 @@ Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 def reference(x: Tensor, w_gate_up: Tensor, w_down: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
     y = torch.zeros_like(x)
-    for e in range(w_down.shape[0]):
+    for e, (gate_up, down) in enumerate(zip(w_gate_up.unbind(), w_down.unbind(), strict=True)):
         token, choice = torch.where(indices == e)
-        gate, up = (x[token] @ w_gate_up[e].T).chunk(2, -1)
-        out = (F.silu(gate) * up) @ w_down[e].T
+        gate, up = (x[token] @ gate_up.T).chunk(2, -1)
+        out = (F.silu(gate) * up) @ down.T
         y = y.index_add(0, token, (out * weights[token, choice, None]).to(y.dtype))
     return y
 
@@ -182,8 +182,7 @@ def _backward(
         kernel.moe_mlp_bwd(dy, x, w_gate_up, w_down, weights, h, order, place, offsets, *results)
         return results
     top_k = weights.shape[1]
-    dw_gate_up.zero_()
-    dw_down.zero_()
+    zero_of_no_rows(offsets, dw_gate_up, dw_down)
     dx_pairs = x.new_empty(order.shape[0], x.shape[1])
     with torch.autocast(x.device.type, enabled=False):
         for e, begin, end in groups(offsets):
