@@ -134,6 +134,7 @@ class Backbone(nn.Module):
             RotaryEmbedding(config.head_dim, config.max_position_embeddings, config.rope_theta) if attends else None
         )
         self.dropout = config.dropout
+        self.draws_in_layers = config.dropout > 0 or config.router_jitter > 0
         self.checkpointed_layers = 0
 
     def forward(self, input_ids: Tensor, positions: Tensor | None, cache: Cache | None) -> tuple[Tensor, list[Routing]]:
@@ -142,10 +143,10 @@ class Backbone(nn.Module):
         checkpointed = self.checkpointed_layers if self.training and torch.is_grad_enabled() and cache is None else 0
         for i, layer in enumerate(self.layers):
             if i < checkpointed:
-                # Dropout alone draws random numbers, which the second run has to draw again.
+                # What a layer draws at random, the second run has to draw again.
                 x, residual, routing = checkpoint(
                     layer, x, residual, self.rotary, positions, None, use_reentrant=False,
-                    preserve_rng_state=self.dropout > 0,
+                    preserve_rng_state=self.draws_in_layers,
                 )  # fmt: skip
             else:
                 x, residual, routing = layer(x, residual, self.rotary, positions, cache)
@@ -250,6 +251,7 @@ class Decoder(nn.Module):
             cache.kv.length += input_ids.shape[1]
         if self.training and torch.is_grad_enabled():
             for layer, routing in zip(self.expert_layers() if routings else [], routings, strict=True):
+                assert routing.load is not None  # in training
                 layer.load += routing.load
         logits = self.lm_head(x)
         if targets is None:

@@ -1,7 +1,7 @@
 """MoE: a layer of experts, of which each token uses a few."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +12,12 @@ from llmcore.nn.swiglu import SwiGLU
 
 
 class Routing(NamedTuple):
-    """What a layer's routing costs and did. loss: what balances it, a float32 scalar that has its coefficients,
-    or None; load: (E,) float32, the pairs of a token and an expert that each expert got."""
+    """What a layer's routing costs and did, in training; None otherwise. loss: what balances it, a float32 scalar that
+    has its coefficients, or None without one; load: (E,) float32, the pairs of a token and an expert that each expert
+    got."""
 
     loss: Tensor | None
-    load: Tensor
+    load: Tensor | None
 
 
 class Experts(nn.Module):
@@ -38,6 +39,18 @@ class Experts(nn.Module):
         return ops.moe_mlp(x, self.gate_up_proj, self.down_proj, weights, indices)
 
 
+class Router(nn.Linear):
+    """The logits of the experts, (T, C) -> (T, E), in float32 (float64 for such x) whatever x and the weight are."""
+
+    def __init__(self, hidden_size: int, num_experts: int) -> None:
+        super().__init__(hidden_size, num_experts, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(wide), self.weight.to(wide))
+
+
 class MoE(nn.Module):
     """Mixture of experts in place of a feed-forward layer (Shazeer et al., 2017, arXiv:1701.06538): the sum of top_k
     routed experts' SwiGLU layers, weighted, and of the shared ones that every token uses (Dai et al., DeepSeekMoE,
@@ -46,7 +59,8 @@ class MoE(nn.Module):
     Args:
         hidden_size: C. intermediate_size: F of an expert. num_experts: E. top_k: k.
         num_shared_experts: S; one SwiGLU of width S F.
-        scoring, normalize, num_groups, top_groups, scale: as in `ops.moe_route`.
+        scoring, normalize, num_groups, top_groups, scale: as in `ops.moe_route`. With top_k 1, normalize makes every
+            weight 1, so that the router learns from the losses below alone.
         jitter: in training the router sees x times numbers from 1 - jitter to 1 + jitter (Fedus et al., Switch
             Transformers, 2021, arXiv:2101.03961).
         balance_loss: coefficient of E sum_e f_e P_e, with f_e the share of the pairs that expert e gets and P_e its
@@ -84,7 +98,7 @@ class MoE(nn.Module):
         self.num_experts, self.top_k, self.scoring, self.normalize = num_experts, top_k, scoring, normalize
         self.num_groups, self.top_groups, self.scale = num_groups, top_groups, scale
         self.jitter, self.balance_loss, self.z_loss, self.bias_rate = jitter, balance_loss, z_loss, bias_rate
-        self.gate = nn.Linear(hidden_size, num_experts, bias=False)
+        self.gate = Router(hidden_size, num_experts)
         self.experts: nn.Module = Experts(num_experts, hidden_size, intermediate_size)
         self.shared_experts = (
             SwiGLU(hidden_size, num_shared_experts * intermediate_size) if num_shared_experts else None
@@ -106,8 +120,15 @@ class MoE(nn.Module):
         super()._apply(fn, recurse)
         if bias is not None and self.bias is not None and self.bias.dtype != torch.float32:
             self.bias = bias.to(self.bias.device)
-        self.load = self.load.to(self.gate.weight.device)
+        device = self.gate.weight.device
+        self.load = torch.zeros(self.num_experts, device=device) if self.load.is_meta else self.load.to(device)
         return self
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        """A bias of another dtype, which `assign` would take as it is, becomes float32."""
+        super()._load_from_state_dict(*args, **options)
+        if self.bias is not None:
+            self.bias = self.bias.float()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """x: (..., C) -> (..., C), and what the routing did."""
@@ -122,20 +143,20 @@ class MoE(nn.Module):
         y = self.experts(tokens, weights, indices)
         if self.shared_experts is not None:
             y = y + self.shared_experts(tokens)
+        if not self.training:
+            return y.view(x.shape), Routing(None, None)
         load = logits.new_zeros(self.num_experts).scatter_add_(0, indices.flatten(), torch.ones_like(weights).flatten())
         scores = routed[2] if len(routed) == 3 else None
         return y.view(x.shape), Routing(self._loss(logits, scores, load), load)
 
     def _logits(self, tokens: Tensor) -> Tensor:
-        with torch.autocast(tokens.device.type, enabled=False):
-            wide = torch.promote_types(tokens.dtype, torch.float32)
-            seen = tokens.to(wide)
-            if self.training and self.jitter:
-                seen = seen * torch.empty_like(seen).uniform_(1 - self.jitter, 1 + self.jitter)
-            return F.linear(seen, self.gate.weight.to(wide))
+        if self.training and self.jitter:
+            tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+            tokens = tokens * torch.empty_like(tokens).uniform_(1 - self.jitter, 1 + self.jitter)
+        return self.gate(tokens)
 
     def _loss(self, logits: Tensor, scores: Tensor | None, load: Tensor) -> Tensor | None:
-        if not self.training or not (self.balance_loss or self.z_loss) or logits.shape[0] == 0:
+        if not (self.balance_loss or self.z_loss) or logits.shape[0] == 0:
             return None
         loss = logits.new_zeros(())
         if scores is not None:

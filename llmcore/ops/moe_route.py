@@ -13,7 +13,6 @@ The choice has no gradient, and the bias none. Saved: the logits and the indices
 T tokens, E experts, k chosen ones.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from llmcore.ops._library import operator, public
 OP = Op("moe_route", kernels=("triton", "cpu"))
 SCORINGS = ("softmax", "sigmoid")
 TINY = 1e-20
+LARGEST = torch.finfo(torch.float32).max
 
 Result = tuple[Tensor, ...]
 
@@ -36,7 +36,11 @@ def _wide(logits: Tensor) -> torch.dtype:
 
 def _scores(logits: Tensor, scoring: str) -> Tensor:
     wide = logits.to(_wide(logits))
-    return torch.softmax(wide, -1) if scoring == "softmax" else torch.sigmoid(wide)
+    if scoring == "softmax":
+        return torch.softmax(wide, -1)
+    # not torch.sigmoid, which gives equal logits other bits where a vector of the processor does not fill up
+    below, above = torch.exp(wide.clamp(max=0)), torch.exp(-wide.clamp(min=0))
+    return torch.where(wide < 0, below / (1 + below), 1 / (1 + above))
 
 
 def _chosen(scores: Tensor, top_k: int, bias: Tensor | None, num_groups: int, top_groups: int) -> Tensor:
@@ -90,8 +94,8 @@ def moe_route(
     """The experts of each token and their weights, in float32.
 
     Args:
-        logits: (T, E), float32, bfloat16 or float16 (float64 on the torch backend). A token with a NaN gets weights of
-            NaN, and no other token is touched by it.
+        logits: (T, E), float32, bfloat16 or float16 (float64 on the torch backend). A NaN is chosen
+            first; with softmax or normalize all of its token's weights are NaN. No other token is touched by it.
         top_k: k, from 1 to E, or to the experts of the groups that are looked at.
         scoring: "softmax" over all experts, or "sigmoid" of each.
         bias: (E,), added to the scores for the choice alone (Wang et al., 2024, arXiv:2408.15664); no gradient.
@@ -122,8 +126,8 @@ def moe_route(
     if top_k > open_experts:
         raise ValueError(f"moe_route: top_k is {top_k}; allowed: 1 to the {open_experts} experts to choose from.")
     _checks.number("moe_route", "scale", scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"moe_route: scale is {scale}; allowed: finite numbers.")
+    if not -LARGEST <= scale <= LARGEST:  # not math.isfinite, which torch.compile cannot trace
+        raise ValueError(f"moe_route: scale is {scale}; allowed: finite numbers of float32.")
     if bias is not None:
         _checks.floating("moe_route", "bias", bias)
         _checks.shape("moe_route", "bias", bias, "(E,)", (experts,))

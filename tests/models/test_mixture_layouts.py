@@ -1,6 +1,7 @@
 """Mixtral's and Qwen3-MoE's layouts: the same logits as transformers', the same bits there and back."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from llmcore import models
 from llmcore.models import ModelConfig, build
+from llmcore.models.foreign.hugging_face import MIXTRAL as MIXTRAL_TABLE
+from llmcore.models.foreign.hugging_face import QWEN3_MOE as QWEN3_MOE_TABLE
 
 SIZES = dict(
     vocab_size=96, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -127,6 +130,7 @@ def test_a_model_of_ours_in_their_layout(tmp_path, changes, kind):
             'rope_type is "yarn"; allowed: "default"',
         ),
         ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9; allowed: 1 to the 5 experts"),
+        ("mixtral", {"intermediate_size": 0}, ": intermediate_size is 0; allowed: whole numbers from 1"),
         ("mixtral", {"num_local_experts": 0}, "num_local_experts is 0; allowed: whole numbers from 1"),
         ("qwen", {"attention_bias": True}, "attention_bias is true; allowed: false"),
         ("qwen", {"use_sliding_window": True}, "use_sliding_window is true; allowed: false"),
@@ -181,3 +185,13 @@ def test_what_they_have_no_name_for_is_not_written(tmp_path, changes, sentence):
     with pytest.raises(ValueError) as caught:
         models.save(build(config), tmp_path / "a", format="hugging_face")
     assert sentence in str(caught.value) and not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("table", "config"),
+    [(MIXTRAL_TABLE, transformers.MixtralConfig), (QWEN3_MOE_TABLE, transformers.Qwen3MoeConfig)],
+    ids=["mixtral", "qwen"],
+)
+def test_silence_means_what_it_means_in_transformers(table, config):
+    told = {name: value for name, value in config().to_dict().items() if value is not None}
+    assert table.to_ours({}, Path("config.json")) == table.to_ours(told, Path("config.json"))

@@ -66,7 +66,7 @@ def test_losses_are_those_of_the_papers():
     _, routing = moe(x)
     torch.testing.assert_close(routing.loss, 0.5 * balance + 0.25 * logits.logsumexp(-1).square().mean())
     torch.testing.assert_close(routing.load, torch.bincount(chosen.flatten(), minlength=6).float())
-    assert moe.eval()(x)[1].loss is None and layer().train()(x)[1].loss is None
+    assert moe.eval()(x)[1] == (None, None) and layer().train()(x)[1].loss is None
 
 
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
@@ -124,9 +124,34 @@ def test_one_token_and_none():
     assert y.shape == (0, 16) and routing.load.sum() == 0
 
 
-def test_compiles_without_a_break():
-    moe, x = layer(balance_loss=0.1, num_shared_experts=1).train(), torch.randn(12, 16)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_a_break(dynamic):
+    moe = layer(balance_loss=0.1, num_shared_experts=1, scale=1.5).train()
     torch._dynamo.reset()
-    y, routing = torch.compile(moe, fullgraph=True, backend="aot_eager")(x)
-    expected, same = moe(x)
-    torch.testing.assert_close((y, routing.loss, routing.load), (expected, same.loss, same.load))
+    compiled = torch.compile(moe, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for tokens in (12, 7, 33):
+        results = []
+        for call in (moe, compiled):
+            torch.manual_seed(tokens)
+            x = torch.randn(tokens, 16, requires_grad=True)
+            y, routing = call(x)
+            wanted = [x, *moe.parameters()]
+            results.append((y, *routing, *torch.autograd.grad(y.square().sum() + routing.loss, wanted)))
+        torch.testing.assert_close(results[1], results[0])
+
+
+def test_built_without_memory_first():
+    with torch.device("meta"):
+        moe = layer(bias_rate=0.1)
+    moe = moe.to_empty(device="cpu")
+    moe.experts.reset_parameters()
+    moe.gate.reset_parameters()
+    moe.bias.zero_()
+    assert moe.load.tolist() == [0] * 6 and moe(torch.randn(3, 16))[0].isfinite().all()
+
+
+def test_the_router_is_a_module_that_can_be_hooked_and_replaced():
+    moe, seen = layer(), []
+    moe.gate.register_forward_hook(lambda module, args, logits: seen.append(logits))
+    moe(torch.randn(3, 16))
+    assert len(seen) == 1 and seen[0].shape == (3, 6)

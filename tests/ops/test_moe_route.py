@@ -103,6 +103,39 @@ def test_ties_go_to_the_lower_index(backend, num_groups):
     assert biased[0].tolist() == [1, 3, 5]
 
 
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("logit", [0.3125, -1.7])
+def test_equal_logits_tie_wherever_they_stand(backend, scoring, logit):
+    """11 fill no vector of a processor, whose exponentials may differ from those of single numbers."""
+    with llmcore.backend(backend):
+        _, indices = ops.moe_route(torch.full((3, 11), logit, device=DEVICE), 2, scoring=scoring)
+    assert indices.tolist() == [[0, 1]] * 3
+
+
+def test_the_reference_breaks_ties_alike_in_float64():
+    _, indices = ops.moe_route.reference(torch.full((3, 11), 0.3125).double(), 2, scoring="sigmoid")
+    assert indices.tolist() == [[0, 1]] * 3
+
+
+def test_the_slope_of_the_reference_at_zero():
+    logits = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True)
+    weights, _ = ops.moe_route.reference(logits, 3, scoring="sigmoid", normalize=False)
+    assert torch.autograd.grad(weights.sum(), logits)[0].tolist() == [[0.25] * 3]
+
+
+def test_compiles_for_any_scale(backend):
+    torch._dynamo.reset()
+
+    def route(logits, scale):
+        return ops.moe_route(logits, 2, scale=scale)
+
+    compiled = torch.compile(route, fullgraph=True, backend="aot_eager")
+    logits = torch.randn(5, 8, device=DEVICE)
+    with llmcore.backend(backend):
+        for scale in (1.0, 2.0, 2.5):
+            torch.testing.assert_close(compiled(logits, scale), route(logits, scale), rtol=0, atol=0)
+
+
 def test_an_expert_of_a_shut_group_is_never_chosen(backend):
     """Not even before an open one whose bias shuts it."""
     logits, bias = torch.zeros(1, 8, device=DEVICE), torch.zeros(8, device=DEVICE)
@@ -193,6 +226,8 @@ def test_any_routing(backend, tokens, experts, data, scoring, normalize, dtype):
         ((torch.randn(2, 8), 2), {"scoring": "relu"}, ValueError, "scoring is 'relu'; allowed: 'softmax', 'sigmoid'"),
         ((torch.randn(2, 8), 2), {"bias": torch.zeros(7)}, ValueError, "bias must be (E,) = (8,)"),
         ((torch.randn(2, 8), 2), {"scale": float("nan")}, ValueError, "scale is nan; allowed: finite numbers"),
+        ((torch.randn(2, 8), 2), {"scale": 1e39}, ValueError, "scale is 1e+39; allowed: finite numbers of float32"),
+        ((torch.randn(2, 8), 2), {"scale": 10**400}, ValueError, "allowed: finite numbers of float32"),
         ((torch.randn(2, 8), 2), {"scale": "1"}, TypeError, "scale is '1'; allowed: a number"),
     ],
 )

@@ -113,23 +113,16 @@ MAMBA2 = Architecture(
 )
 
 
-def _read_mixtral(values: Values, where: Path) -> Values:
-    return mixtures.read_rope({**values, "moe_intermediate_size": values.get("intermediate_size", 14336)}, where)
-
-
-def _written_mixtral(values: Values, dtype: torch.dtype) -> Values:
-    width = values.pop("moe_intermediate_size")
-    return mixtures.written("mixtral", CLASSES["mixtral"], {**values, "intermediate_size": width}, dtype)
-
-
 MIXTRAL = Architecture(
     "mixtral",
     mixer="attention",
     feed_forwards=("experts",),
     fields=(
         *mixtures.COMMON,
+        Field("vocab_size", "vocab_size", 32000),
+        Field("rope_theta", "rope_theta", 1e6),
         Field("hidden_size", "hidden_size", 4096),
-        Field("moe_intermediate_size", "moe_intermediate_size", 14336),
+        Field("intermediate_size", "moe_intermediate_size", 14336),
         Field("num_hidden_layers", "num_hidden_layers", 32),
         Field("num_key_value_heads", "num_key_value_heads", 8),
         Field("max_position_embeddings", "max_position_embeddings", 131072),
@@ -145,8 +138,8 @@ MIXTRAL = Architecture(
     implied={**mixtures.IMPLIED, "qk_norm": False, "norm_topk_prob": True},
     unread={"feed_forward_pattern": ["experts"]},
     ignored=mixtures.IGNORED,
-    prepare=_read_mixtral,
-    finish=_written_mixtral,
+    prepare=mixtures.read_rope,
+    finish=partial(mixtures.written, "mixtral", CLASSES["mixtral"]),
     split=partial(mixtures.split, "w1", "w3", "w2"),
     join=partial(mixtures.join, "w1", "w3", "w2"),
 )
@@ -181,6 +174,8 @@ QWEN3_MOE = Architecture(
     feed_forwards=("dense", "experts"),
     fields=(
         *mixtures.COMMON,
+        Field("vocab_size", "vocab_size", 151936),
+        Field("rope_theta", "rope_theta", 1e4),
         Field("hidden_size", "hidden_size", 2048),
         Field("intermediate_size", "intermediate_size", 6144),
         Field("moe_intermediate_size", "moe_intermediate_size", 768),

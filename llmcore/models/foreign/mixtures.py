@@ -14,12 +14,10 @@ import torch
 from llmcore.models.foreign.architecture import Field, Tensors, Values, refusal
 
 COMMON = (
-    Field("vocab_size", "vocab_size", 32000),
     Field("num_attention_heads", "num_attention_heads", 32),
     Field("head_dim", "head_dim", None),
     Field("initializer_range", "initializer_range", 0.02),
     Field("tie_word_embeddings", "tie_word_embeddings", False),
-    Field("rope_theta", "rope_theta", 1e6),
     Field("pad_token_id", "pad_token_id", None),
 )
 ONLY = {"hidden_act": ("silu", "swish"), "attention_dropout": (0.0,)}
