@@ -75,6 +75,20 @@ def test_logits_and_bits_of_transformers_there_and_back(tmp_path, kind):
     torch.testing.assert_close(again(tokens).logits, model(tokens).logits, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "qwen"])
+def test_in_16_bits(tmp_path, kind):
+    """With all experts chosen: their router rounds its logits to 16 bits, and ours does not, so that of some nearly alike
+    they choose others."""
+    count = KINDS[kind].get("num_local_experts") or KINDS[kind]["num_experts"]
+    model = theirs({**KINDS[kind], "num_experts_per_tok": count}).bfloat16()
+    model.save_pretrained(tmp_path / "a")
+    ours = models.load(tmp_path / "a").eval()
+    assert ours.lm_head.weight.dtype == torch.bfloat16
+    assert_same_function(ours, model)
+    models.save(ours, tmp_path / "b", format="hugging_face")
+    assert same_tensors(*(load_file(tmp_path / f / "model.safetensors") for f in "ab"))
+
+
 @pytest.mark.parametrize("kind", ["mixtral", "mixed"])
 def test_greedy_generation_is_the_same(tmp_path, kind):
     model = theirs(KINDS[kind])
