@@ -158,15 +158,16 @@ def moe_mlp_fwd(
 
 def moe_mlp_bwd(
     dy: torch.Tensor, x: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor, weights: torch.Tensor,
-    h: torch.Tensor, order: torch.Tensor, place: torch.Tensor, offsets: torch.Tensor, dx: torch.Tensor,
-    dw_gate_up: torch.Tensor, dw_down: torch.Tensor, dweights: torch.Tensor,
+    h: torch.Tensor, order: torch.Tensor, place: torch.Tensor, offsets: torch.Tensor,
+    dweights: torch.Tensor, dx: torch.Tensor | None, dw_gate_up: torch.Tensor | None, dw_down: torch.Tensor | None,
 ) -> None:  # fmt: skip
-    """Fills dx, dw_gate_up, dw_down and dweights, which are contiguous."""
+    """Fills dweights and of dx, dw_gate_up and dw_down those that there are; all are contiguous."""
     (tokens, width), (experts, _, inner) = x.shape, w_down.shape
     pairs = order.shape[0]
     if pairs == 0:
-        dw_gate_up.zero_()
-        dw_down.zero_()
+        for dw in (dw_gate_up, dw_down):
+            if dw is not None:
+                dw.zero_()
         return
     p, top_k = plan(x, pairs, experts), pairs // tokens
     act, dh = x.new_empty(pairs, inner), x.new_empty(pairs, 2 * inner)
@@ -177,8 +178,11 @@ def moe_mlp_bwd(
         act_bwd_kernel[(pairs,)](
             act, h, weights, order, offsets, dh, dweights, experts, inner, BLOCK=block, num_warps=warps
         )
-        rows_times_rows(dy, act, offsets, dw_down, order, top_k, gather_a=True)
-        rows_times_rows(dh, x, offsets, dw_gate_up, order, top_k, gather_b=True)
-        dx_pairs = x.new_empty(pairs, width)
-        rows_times_weights(dh, w_gate_up.transpose(1, 2), offsets, dx_pairs, p)
-        _sum_pairs(dx_pairs, place, dx)
+        if dw_down is not None:
+            rows_times_rows(dy, act, offsets, dw_down, order, top_k, gather_a=True)
+        if dw_gate_up is not None:
+            rows_times_rows(dh, x, offsets, dw_gate_up, order, top_k, gather_b=True)
+        if dx is not None:
+            dx_pairs = x.new_empty(pairs, width)
+            rows_times_weights(dh, w_gate_up.transpose(1, 2), offsets, dx_pairs, p)
+            _sum_pairs(dx_pairs, place, dx)

@@ -189,7 +189,7 @@ def launch_moe_mlp(dtype, experts, top_k, tokens, precision):
     expert_plan.expert_plan(indices, order, place, offsets)
     inputs = (x, w_gate_up, w_down, weights)
     moe_mlp.moe_mlp_fwd(*inputs, order, place, offsets, h, x)
-    moe_mlp.moe_mlp_bwd(x, *inputs, h, order, place, offsets, x, w_gate_up, w_down, weights)
+    moe_mlp.moe_mlp_bwd(x, *inputs, h, order, place, offsets, weights, x, w_gate_up, w_down)
 
 
 def launch_grouped_gemm(dtype, groups, rows):

@@ -1,6 +1,7 @@
 """What every op needs to call the C++ and CUDA kernels: raw pointers, dtype codes, rows."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,6 +41,16 @@ def stream(backend: str, tensor: Tensor) -> tuple[int, ...]:
 def empty_like(tensor: Tensor) -> Tensor:
     """Contiguous, of tensor's shape and dtype: the cheapest way to such a tensor."""
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def gradients(needed: Sequence[bool], *inputs: Tensor) -> tuple[Tensor, ...]:
+    """A place for each input's gradient; (0,) for those that nobody needs."""
+    return tuple(empty_like(t) if need else t.new_empty(0) for t, need in zip(inputs, needed, strict=True))
+
+
+def only(needed: Sequence[bool], results: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """The gradients that are needed, for autograd, and None for the others."""
+    return tuple(gradient if need else None for gradient, need in zip(results, needed, strict=True))
 
 
 def unit_stride(tensor: Tensor) -> Tensor:

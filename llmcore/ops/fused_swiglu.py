@@ -9,6 +9,7 @@ M rows, C width, F inner width.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -86,19 +87,23 @@ def _fake(x: Tensor, w_gate: Tensor, w_up: Tensor, keep: bool, backend: str) -> 
 
 
 def _backward(
-    dy: Tensor, x: Tensor, w_gate: Tensor, w_up: Tensor, gate: Tensor, up: Tensor, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows, width = _native.rows(x), x.shape[-1]
+    dy: Tensor, x: Tensor, w_gate: Tensor, w_up: Tensor, gate: Tensor, up: Tensor, needed: Sequence[bool], backend: str
+) -> tuple[Tensor, ...]:
+    rows, nothing = _native.rows(x), x.new_empty
+    need_dx, need_dw_gate, need_dw_up = needed
     dgate, dup = _swiglu_backward(dy.reshape(gate.shape), gate, up, backend)
     with torch.autocast(x.device.type, enabled=False):
-        dx = torch.addmm(dgate @ w_gate, dup, w_up).view(*x.shape[:-1], width)
-        return dx, dgate.T @ rows, dup.T @ rows
+        return (
+            torch.addmm(dgate @ w_gate, dup, w_up).view(x.shape) if need_dx else nothing(0),
+            dgate.T @ rows if need_dw_gate else nothing(0),
+            dup.T @ rows if need_dw_up else nothing(0),
+        )
 
 
 def _backward_fake(
-    dy: Tensor, x: Tensor, w_gate: Tensor, w_up: Tensor, gate: Tensor, up: Tensor, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _native.empty_like(x), _native.empty_like(w_gate), _native.empty_like(w_up)
+    dy: Tensor, x: Tensor, w_gate: Tensor, w_up: Tensor, gate: Tensor, up: Tensor, needed: Sequence[bool], backend: str
+) -> tuple[Tensor, ...]:
+    return _native.gradients(needed, x, w_gate, w_up)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -112,7 +117,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor, Tens
 def _differentiate(ctx: Any, dy: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 5
-    return *_fused_swiglu_backward(dy, *ctx.saved_tensors, ctx.backend), None, None
+    needed = ctx.needs_input_grad[:3]
+    gradients = _fused_swiglu_backward(dy, *ctx.saved_tensors, needed, ctx.backend)
+    return *_native.only(needed, gradients), None, None
 
 
 _fused_swiglu = operator(
@@ -123,8 +130,8 @@ _fused_swiglu = operator(
     _differentiate,
 )
 _fused_swiglu_backward = operator(
-    "fused_swiglu_backward(Tensor dy, Tensor x, Tensor w_gate, Tensor w_up, Tensor gate, Tensor up, str backend) -> "
-    "(Tensor dx, Tensor dw_gate, Tensor dw_up)",
+    "fused_swiglu_backward(Tensor dy, Tensor x, Tensor w_gate, Tensor w_up, Tensor gate, Tensor up, "
+    "bool[3] needed, str backend) -> (Tensor dx, Tensor dw_gate, Tensor dw_up)",
     _backward,
     _backward_fake,
 )

@@ -7,13 +7,14 @@ Saved: the inputs.
 T rows, E groups, C inputs, F outputs.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmcore.ops import _checks
+from llmcore.ops import _checks, _native
 from llmcore.ops._dispatch import Op, resolve
 from llmcore.ops._documents import shown, values_are_checked
 from llmcore.ops._experts import few_shapes, groups, product_into, zero_of_no_rows
@@ -107,25 +108,35 @@ def _fake(x: Tensor, w: Tensor, group_sizes: Tensor, backend: str) -> Tensor:
     return x.new_empty(x.shape[0], w.shape[1])
 
 
-def _backward(dy: Tensor, x: Tensor, w: Tensor, group_sizes: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def _backward(
+    dy: Tensor, x: Tensor, w: Tensor, group_sizes: Tensor, needed: Sequence[bool], backend: str
+) -> tuple[Tensor, ...]:
     offsets = _offsets(group_sizes, x.shape[0])
-    dx, dw = x.new_empty(x.shape), w.new_empty(w.shape)
+    dx, dw = results = _native.gradients(needed, x, w)
+    need_dx, need_dw = needed
     if backend == "triton":
         from llmcore.kernels import grouped_gemm as kernel
 
-        kernel.rows_times_weights(dy, w.transpose(1, 2), offsets, dx)
-        kernel.rows_times_rows(dy, x, offsets, dw)
-        return dx, dw
-    zero_of_no_rows(offsets, dw)
+        if need_dx:
+            kernel.rows_times_weights(dy, w.transpose(1, 2), offsets, dx)
+        if need_dw:
+            kernel.rows_times_rows(dy, x, offsets, dw)
+        return results
+    if need_dw:
+        zero_of_no_rows(offsets, dw)
     with torch.autocast(x.device.type, enabled=False):
         for e, begin, end in groups(offsets):
-            product_into(dx, begin, _rows(dy, begin, end), w[e])
-            torch.mm(_rows_alone(dy, begin, end).T, _rows_alone(x, begin, end), out=dw[e])
-    return dx, dw
+            if need_dx:
+                product_into(dx, begin, _rows(dy, begin, end), w[e])
+            if need_dw:
+                torch.mm(_rows_alone(dy, begin, end).T, _rows_alone(x, begin, end), out=dw[e])
+    return results
 
 
-def _backward_fake(dy: Tensor, x: Tensor, w: Tensor, group_sizes: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), w.new_empty(w.shape)
+def _backward_fake(
+    dy: Tensor, x: Tensor, w: Tensor, group_sizes: Tensor, needed: Sequence[bool], backend: str
+) -> tuple[Tensor, ...]:
+    return _native.gradients(needed, x, w)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -136,7 +147,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _differentiate(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return None, None, None, None
-    return (*_grouped_gemm_backward(dy, *ctx.saved_tensors, ctx.backend), None, None)
+    needed = ctx.needs_input_grad[:2]
+    gradients = _grouped_gemm_backward(dy, *ctx.saved_tensors, needed, ctx.backend)
+    return *_native.only(needed, gradients), None, None
 
 
 _grouped_gemm = operator(
@@ -144,7 +157,8 @@ _grouped_gemm = operator(
     _differentiate,
 )  # fmt: skip
 _grouped_gemm_backward = operator(
-    "grouped_gemm_backward(Tensor dy, Tensor x, Tensor w, Tensor group_sizes, str backend) -> (Tensor dx, Tensor dw)",
+    "grouped_gemm_backward(Tensor dy, Tensor x, Tensor w, Tensor group_sizes, bool[2] needed, str backend) -> "
+    "(Tensor dx, Tensor dw)",
     _backward,
     _backward_fake,
 )

@@ -12,6 +12,7 @@ the order of the pairs; act is computed again.
 T tokens, E experts, k choices, P = T k pairs, C width, F expert width.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -170,30 +171,38 @@ def _backward(
     order: Tensor,
     place: Tensor,
     offsets: Tensor,
+    needed: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, ...]:
     results = dx, dw_gate_up, dw_down, dweights = _backward_fake(
-        dy, x, w_gate_up, w_down, weights, h, order, place, offsets, backend
+        dy, x, w_gate_up, w_down, weights, h, order, place, offsets, needed, backend
     )
+    need_dx, need_dw_gate_up, need_dw_down = needed
     x, dy, weights = _native.unit_stride(x), _native.unit_stride(dy), weights.contiguous()
     if backend == "triton":
         from llmcore.kernels import moe_mlp as kernel
 
-        kernel.moe_mlp_bwd(dy, x, w_gate_up, w_down, weights, h, order, place, offsets, *results)
+        kernel.moe_mlp_bwd(
+            dy, x, w_gate_up, w_down, weights, h, order, place, offsets, dweights, *_native.only(needed, results[:3])
+        )
         return results
     top_k = weights.shape[1]
-    zero_of_no_rows(offsets, dw_gate_up, dw_down)
-    dx_pairs = x.new_empty(order.shape[0], x.shape[1])
+    zero_of_no_rows(offsets, *(dw for dw, need in ((dw_gate_up, need_dw_gate_up), (dw_down, need_dw_down)) if need))
+    dx_pairs = x.new_empty(order.shape[0] if need_dx else 0, x.shape[1])
     with torch.autocast(x.device.type, enabled=False):
         for e, begin, end in groups(offsets):
             dy_e = _gather(dy, order, begin, end, top_k, backend)
             act, dh = _activation_backward(
                 dy_e @ w_down[e], h[begin:end], order, begin, end, weights, dweights, backend
             )
-            torch.mm(dy_e.T, act, out=dw_down[e])
-            product_into(dx_pairs, begin, dh, w_gate_up[e])
-            torch.mm(dh.T, _gather(x, order, begin, end, top_k, backend), out=dw_gate_up[e])
-    _combine(dx_pairs, place, None, top_k, dx, backend)
+            if need_dw_down:
+                torch.mm(dy_e.T, act, out=dw_down[e])
+            if need_dx:
+                product_into(dx_pairs, begin, dh, w_gate_up[e])
+            if need_dw_gate_up:
+                torch.mm(dh.T, _gather(x, order, begin, end, top_k, backend), out=dw_gate_up[e])
+    if need_dx:
+        _combine(dx_pairs, place, None, top_k, dx, backend)
     return results
 
 
@@ -231,9 +240,10 @@ def _backward_fake(
     order: Tensor,
     place: Tensor,
     offsets: Tensor,
+    needed: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, ...]:
-    return tuple(_native.empty_like(t) for t in (x, w_gate_up, w_down, weights))
+    return *_native.gradients(needed, x, w_gate_up, w_down), _native.empty_like(weights)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], outputs: Results) -> None:
@@ -249,7 +259,9 @@ def _differentiate(ctx: Any, dy: Tensor | None, *unused: Tensor | None) -> tuple
     nothing = (None,) * 3
     if dy is None:
         return None, None, None, None, *nothing
-    return *_moe_mlp_backward(dy, *ctx.saved_tensors, ctx.backend), *nothing
+    needed = ctx.needs_input_grad[:4]
+    gradients = _moe_mlp_backward(dy, *ctx.saved_tensors, needed[:3], ctx.backend)
+    return *_native.only(needed, gradients), *nothing
 
 
 _moe_mlp = operator(
@@ -262,7 +274,7 @@ _moe_mlp = operator(
 )
 _moe_mlp_backward = operator(
     "moe_mlp_backward(Tensor dy, Tensor x, Tensor w_gate_up, Tensor w_down, Tensor weights, Tensor h, Tensor order, "
-    "Tensor place, Tensor offsets, str backend) -> "
+    "Tensor place, Tensor offsets, bool[3] needed, str backend) -> "
     "(Tensor dx, Tensor dw_gate_up, Tensor dw_down, Tensor dweights)",
     _backward,
     _backward_fake,

@@ -1,6 +1,8 @@
 """What every op promises as a PyTorch operator: opcheck, fullgraph, gradcheck, autocast, checkpointing, backends."""
 
+import contextlib
 import importlib
+import itertools
 import sys
 import threading
 from unittest import mock
@@ -213,6 +215,45 @@ def test_backward_keeps_its_forwards_backend(name, backend):
         thread.start()
         thread.join()
     assert seen == [backend]
+
+
+# Matrix products of the backward, of a group where there are groups: whatever is needed, and for each input's gradient.
+PRODUCTS = {"fused_swiglu": (0, (2, 1, 1)), "grouped_gemm": (0, (1, 1)), "moe_mlp": (1, (1, 1, 1, 0))}
+
+
+def products(name, backend, call):
+    """How many matrix products a call takes; a launch for all groups is one."""
+    if backend != "triton" or name == "fused_swiglu":
+        with torch.profiler.profile() as profile:
+            call()
+        count = sum(e.count for e in profile.key_averages() if e.key in ("aten::mm", "aten::addmm"))
+        return count if name == "fused_swiglu" else count / 2  # two groups have rows
+    module = importlib.import_module(f"llmcore.kernels.{name}")
+    with contextlib.ExitStack() as stack:
+        launches = [
+            stack.enter_context(mock.patch.object(module, function, wraps=getattr(module, function)))
+            for function in ("rows_times_weights", "rows_times_rows")
+        ]
+        call()
+    return sum(launch.call_count for launch in launches)
+
+
+@pytest.mark.parametrize(("name", "backend"), every(PRODUCTS))
+def test_gradients_that_nobody_needs_cost_no_product(name, backend):
+    """Frozen experts, for one. The other gradients are the same bits."""
+    function, tensors, keywords = example(name)
+    always, costs = PRODUCTS[name]
+    with llmcore.backend(backend):
+        expected = torch.autograd.grad(flat(function(*tensors, **keywords)), tensors)
+    for needed in itertools.product([True, False], repeat=len(tensors)):
+        if not any(needed):
+            continue
+        leaves = [t.detach().requires_grad_(need) for t, need in zip(tensors, needed, strict=True)]
+        with llmcore.backend(backend):
+            loss = flat(function(*leaves, **keywords))
+        assert products(name, backend, loss.backward) == always + sum(itertools.compress(costs, needed))
+        for t, gradient, need in zip(leaves, expected, needed, strict=True):
+            assert torch.equal(t.grad, gradient) if need else t.grad is None
 
 
 class Seen(TorchDispatchMode):
