@@ -28,7 +28,8 @@ class OptimizerConfig:
     """The optimizer and its schedule: the learning rate rises linearly, then follows `schedule` over the run."""
 
     kind: Literal["adamw", "adam", "muon"] = "adamw"
-    """AdamW; Adam, whose decay is part of the gradient; or Muon for the layers' matrices and AdamW for the rest."""
+    """AdamW; Adam, whose decay is part of the gradient; or Muon for the layers' matrices, each expert's on its own, and
+    AdamW for the rest: embeddings, the output layer, routers, vectors."""
     lr: float = 3e-3
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "polynomial", "constant", "wsd"] = "cosine"
