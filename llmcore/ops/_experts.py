@@ -15,7 +15,8 @@ from llmcore.ops._documents import values_are_checked
 
 class Plan(NamedTuple):
     """order (P,): the pair at each place. place (P,): the place of each pair. offsets (E + 1,): where each expert's
-    places begin, and P. All int32."""
+    places begin, and their end. All int32. A pair of no expert, where nobody looked, has the place -1, and the end of
+    order then means nothing."""
 
     order: Tensor
     place: Tensor
@@ -55,10 +56,13 @@ def plan(op: str, indices: Tensor, experts: int, backend: str) -> Plan:
         result = empty_plan(indices, experts)
         expert_plan.expert_plan(flat, *result)
         return result
+    exists = (flat >= 0) & (flat < experts)
+    flat = flat.where(exists, experts)  # behind all others
     order = flat.argsort(stable=True)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    counts = flat.new_zeros(experts).scatter_add_(0, flat, torch.ones_like(flat))
-    return Plan(order.int(), place.int(), torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int())
+    counts = flat.new_zeros(experts + 1).scatter_add_(0, flat, torch.ones_like(flat))[:experts]
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return Plan(order.int(), place.where(exists, -1).int(), offsets.int())
 
 
 def few_shapes(rows: int, dtype: torch.dtype) -> int:

@@ -84,9 +84,11 @@ def _forward(x: Tensor, w: Tensor, group_sizes: Tensor, backend: str) -> Tensor:
 
         kernel.rows_times_weights(x, w, offsets, y)
         return y
+    end = 0
     with torch.autocast(x.device.type, enabled=False):
         for e, begin, end in groups(offsets):
             product_into(y, begin, _rows(x, begin, end), w[e].T)
+    y[end:] = torch.nan  # rows of no group
     return y
 
 
@@ -124,12 +126,15 @@ def _backward(
         return results
     if need_dw:
         zero_of_no_rows(offsets, dw)
+    end = 0
     with torch.autocast(x.device.type, enabled=False):
         for e, begin, end in groups(offsets):
             if need_dx:
                 product_into(dx, begin, _rows(dy, begin, end), w[e])
             if need_dw:
                 torch.mm(_rows_alone(dy, begin, end).T, _rows_alone(x, begin, end), out=dw[e])
+    if need_dx:
+        dx[end:] = torch.nan
     return results
 
 

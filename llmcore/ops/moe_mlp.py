@@ -144,10 +144,11 @@ def _gather(x: Tensor, order: Tensor, begin: int, end: int, top_k: int, backend:
 
 
 def _combine(out: Tensor, place: Tensor, weights: Tensor | None, top_k: int, y: Tensor, backend: str) -> None:
-    """y[t] = the sum of out (P, C) over t's pairs, times their weights."""
+    """y[t] = the sum of out (P, C) over t's pairs, times their weights; NaN where a pair has no place."""
     if backend == "torch":
         wide = out.dtype if out.dtype == torch.float64 else torch.float32
-        pairs = out.index_select(0, place).to(wide).view(-1, top_k, out.shape[1])
+        rows = out.index_select(0, place.clamp(min=0)).to(wide).masked_fill_((place < 0)[:, None], torch.nan)
+        pairs = rows.view(-1, top_k, out.shape[1])
         y.copy_((pairs if weights is None else pairs * weights[..., None]).sum(1))
         return
     _native.module(backend).moe_combine(
@@ -187,6 +188,8 @@ def _backward(
         )
         return results
     top_k = weights.shape[1]
+    if backend == "torch":
+        dweights.fill_(torch.nan)  # where an index is no expert
     zero_of_no_rows(offsets, *(dw for dw, need in ((dw_gate_up, need_dw_gate_up), (dw_down, need_dw_down)) if need))
     dx_pairs = x.new_empty(order.shape[0] if need_dx else 0, x.shape[1])
     with torch.autocast(x.device.type, enabled=False):
@@ -210,8 +213,9 @@ def _activation_backward(
     da: Tensor, h: Tensor, order: Tensor, begin: int, end: int, weights: Tensor, dweights: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
     """(weights * act, in da's place, dh) of the rows from begin to end, whose dweights are filled in; zeros in the rows
-    of da beyond."""
+    beyond, which may hold NaN where w_down is not finite."""
     dh = h.new_empty(len(da), h.shape[1])
+    da[end - begin :] = 0
     dh[end - begin :] = 0
     if backend == "torch":
         pairs = order[begin:end]

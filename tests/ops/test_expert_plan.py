@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sessions import INTERPRETED
 
 from llmcore.ops._experts import groups, plan
 
@@ -28,9 +29,19 @@ def test_sizes(backend, pairs, experts):
 
 
 def test_many_pairs_on_all_threads(backend):
-    if backend == "triton":
+    if INTERPRETED:
         pytest.skip("the interpreter takes minutes for as many, and has one thread")
     check(torch.randint(60, (40000, 4), generator=torch.Generator().manual_seed(0)), 60, backend)
+
+
+def test_many_blocks(backend, monkeypatch):
+    """More than the triton kernels add up at a time, both of pairs and of experts."""
+    if backend != "triton":
+        pytest.skip("the others have no blocks")
+    from llmcore.kernels import device, expert_plan
+
+    monkeypatch.setitem(expert_plan.BLOCKS, device.architecture(torch.device(DEVICE)), (16, 4, 4))
+    check(torch.randint(11, (150, 2), generator=torch.Generator().manual_seed(0)), 11, backend)
 
 
 @given(st.lists(st.integers(0, 9), max_size=600), st.integers(10, 20))
@@ -39,7 +50,8 @@ def test_any_indices(backend, indices, experts):
 
 
 @pytest.mark.parametrize("wrong", [-1, 10, 2**40])
-def test_an_index_that_is_no_expert_is_named(backend, wrong):
+def test_an_index_that_is_no_expert_is_named(backend, wrong, monkeypatch):
+    monkeypatch.setattr("llmcore.ops._experts.values_are_checked", lambda _: True)
     indices = torch.zeros(50000, 2, dtype=torch.int64)
     indices[40000, 1] = wrong
     with pytest.raises(ValueError, match=f"indices holds {wrong}; allowed: 0 to 9, the experts"):

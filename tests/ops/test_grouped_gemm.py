@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -70,6 +72,23 @@ def test_any_layout(backend, device, dtype):
 def test_any_groups(backend, sizes, widths, dtype):
     x = randn(sum(sizes), widths[0], dtype=dtype, device=DEVICE)
     check(backend, x, randn(len(sizes), widths[1], widths[0], dtype=dtype, device=DEVICE, seed=1), sizes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("sizes", "taken"), [([3, 0, 9], [3, 0, 9]), ([0, 0, 0], [0, 0, 0]), ([-4, 4, 90], [0, 4, 36])]
+)
+def test_rows_of_no_group_are_nan_where_sizes_are_not_looked_at(backend, monkeypatch, dtype, sizes, taken):
+    monkeypatch.setattr(sys.modules["llmcore.ops.grouped_gemm"], "values_are_checked", lambda _: False)
+    x, w = randn(40, 16, dtype=dtype, device=DEVICE), randn(3, 24, 16, dtype=dtype, device=DEVICE, seed=1)
+    end, dy = sum(taken), randn(40, 24, dtype=dtype, device=DEVICE, grad=False, seed=2)
+    with llmcore.backend(backend):
+        y = ops.grouped_gemm(x, w, torch.tensor(sizes, device=DEVICE))
+        dx, dw = torch.autograd.grad(y, (x, w), dy)
+        right = ops.grouped_gemm(x[:end], w, torch.tensor(taken, device=DEVICE))
+        dx_right, dw_right = torch.autograd.grad(right, (x, w), dy[:end])
+    assert bool(y[end:].isnan().all()) and bool(dx[end:].isnan().all())
+    torch.testing.assert_close((y[:end], dx[:end], dw), (right, dx_right[:end], dw_right))
 
 
 @pytest.mark.parametrize(

@@ -193,6 +193,51 @@ def test_under_autocast(backend):
     assert y.dtype == torch.bfloat16 and all(g.dtype == torch.float32 for g in gradients)
 
 
+@pytest.mark.parametrize("wrong", [-1, 6, 2**40])
+def test_a_token_of_no_expert_is_nan_where_indices_are_not_looked_at(backend, monkeypatch, wrong):
+    """Its gradient too, and that of the pair's weight; the others are as if there were no such pair."""
+    if backend == "cpu":
+        pytest.skip("there indices are always looked at")
+    monkeypatch.setattr("llmcore.ops._experts.values_are_checked", lambda _: False)
+    inputs = inputs_of(routed(40, 6, 2), 6)
+    inputs["indices"][7, 1] = inputs["indices"][39, 0] = wrong
+    leaves, dy = list(inputs.values())[:4], randn(40, 24, device=DEVICE, grad=False, seed=4)
+    with llmcore.backend(backend):
+        y = ops.moe_mlp(**inputs)
+    gradients = torch.autograd.grad(y, leaves, dy)
+    expected = ops.moe_mlp.reference(**inputs)
+    gradients_expected = list(torch.autograd.grad(expected, leaves, dy))
+    expected = expected.detach()
+    for t, j in ((7, 1), (39, 0)):
+        expected[t] = gradients_expected[0][t] = gradients_expected[3][t, j] = torch.nan
+    for actual, right in zip((y, *gradients), (expected, *gradients_expected), strict=True):
+        torch.testing.assert_close(actual, right, equal_nan=True)
+
+
+def test_no_token_has_an_expert_where_indices_are_not_looked_at(backend, monkeypatch):
+    if backend == "cpu":
+        pytest.skip("there indices are always looked at")
+    monkeypatch.setattr("llmcore.ops._experts.values_are_checked", lambda _: False)
+    inputs = inputs_of(torch.full((5, 2), -1), 3)
+    with llmcore.backend(backend):
+        y = ops.moe_mlp(**inputs)
+    dx, dw_gate_up, dw_down, dweights = torch.autograd.grad(y.sum(), list(inputs.values())[:4])
+    assert all(bool(t.isnan().all()) for t in (y, dx, dweights))
+    assert not dw_gate_up.any() and not dw_down.any()
+
+
+def test_weights_that_are_not_finite_spoil_no_gradient_of_their_own(backend):
+    """w_down's gradient has no factor w_down, however many rows a group's product is padded to."""
+    inputs = inputs_of(routed(40, 1, 1), 2, dtype=torch.bfloat16)
+    inputs["indices"][33:] = 1
+    with torch.no_grad():
+        inputs["w_down"][0, 3, 5] = torch.inf
+    with llmcore.backend(backend):
+        y = ops.moe_mlp(**inputs)
+    (dw_down,) = torch.autograd.grad(y, [inputs["w_down"]], torch.ones_like(y))
+    assert bool(dw_down.isfinite().all())
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
