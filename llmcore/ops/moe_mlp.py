@@ -89,6 +89,11 @@ def moe_mlp(x: Tensor, w_gate_up: Tensor, w_down: Tensor, weights: Tensor, indic
             f"moe_mlp: there are {experts} experts of width {inner}, {weights.shape[1]} choices and {width} elements "
             "in a token; allowed: from 1 of each."
         )
+    if indices.numel() >= 2**31:
+        raise ValueError(
+            f"moe_mlp: indices {tuple(indices.shape)} holds {indices.numel()} pairs of a token and an expert; allowed: "
+            "fewer than 2**31."
+        )
     weights = weights.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     inputs = (x, w_gate_up, w_down, weights)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)

@@ -270,3 +270,12 @@ def test_bad_arguments(change, error, words):
     with pytest.raises(error) as caught:
         ops.moe_mlp(**arguments)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_more_pairs_than_their_numbers_reach():
+    x, w_gate_up = torch.empty(2**30, 8, device="meta"), torch.empty(4, 12, 8, device="meta")
+    weights, w_down = torch.empty(2**30, 2, device="meta"), torch.empty(4, 8, 6, device="meta")
+    with pytest.raises(
+        ValueError, match=r"indices \(1073741824, 2\) holds 2147483648 pairs .*; allowed: fewer than 2\*\*31"
+    ):
+        ops.moe_mlp(x, w_gate_up, w_down, weights, torch.empty(2**30, 2, dtype=torch.int64, device="meta"))
