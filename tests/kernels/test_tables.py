@@ -12,6 +12,11 @@ from llmcore.kernels import (  # noqa: E402
     attention_tiles,
     causal_conv1d,
     device,
+    expert_plan,
+    group_tiles,
+    grouped_gemm,
+    moe_mlp,
+    moe_route,
     rms_norm,
     selective_scan,
     selective_state_update,
@@ -32,28 +37,40 @@ def architecture(request, monkeypatch) -> str:
     return ARCHITECTURES[request.param]
 
 
+@pytest.fixture(params=["highest", "high"])
+def precision(request):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 def test_row_kernels(architecture):
     row_kernels = (rms_norm.TILES, rms_norm.PREFETCH_BYTES, swiglu.PIECES, apply_rotary.TILES)
-    for table in (*row_kernels, causal_conv1d.TILES, selective_scan.TILES, selective_state_update.TILES):
+    experts = (moe_route.TILES, expert_plan.BLOCKS, moe_mlp.PIECES)
+    for table in (*row_kernels, *experts, causal_conv1d.TILES, selective_scan.TILES, selective_state_update.TILES):
         assert architecture in table
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("precision", ["highest", "high"])
-def test_attention(architecture, dtype, precision):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        for size in range(8, 257, 8):
-            q = torch.empty(1, 4, 1, size, dtype=dtype)
-            for v in (torch.empty(1, 4, 1, 8, dtype=dtype), torch.empty(1, 1, 1, 8, dtype=dtype).expand(1, 4, 1, 8)):
-                plan = attention_tiles.plan(q, q, v, (), 1.0, -1, 0)
-                for table in (attention_fwd.CONFIGS, attention_bwd.DKDV_CONFIGS, attention_bwd.DQ_CONFIGS):
-                    block_m, block_n, keywords = plan.tiles(table)
-                    assert block_m >= 16 and block_n >= 16 and attention_bwd.QUERY_MULTIPLE % block_m == 0
-                    assert keywords["BLOCK_D"] >= size and keywords["BLOCK_DV"] == 16
-    finally:
-        torch.set_float32_matmul_precision(before)
+def test_attention(architecture, precision, dtype):
+    for size in range(8, 257, 8):
+        q = torch.empty(1, 4, 1, size, dtype=dtype)
+        for v in (torch.empty(1, 4, 1, 8, dtype=dtype), torch.empty(1, 1, 1, 8, dtype=dtype).expand(1, 4, 1, 8)):
+            plan = attention_tiles.plan(q, q, v, (), 1.0, -1, 0)
+            for table in (attention_fwd.CONFIGS, attention_bwd.DKDV_CONFIGS, attention_bwd.DQ_CONFIGS):
+                block_m, block_n, keywords = plan.tiles(table)
+                assert block_m >= 16 and block_n >= 16 and attention_bwd.QUERY_MULTIPLE % block_m == 0
+                assert keywords["BLOCK_D"] >= size and keywords["BLOCK_DV"] == 16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [8, 8 * group_tiles.FEW])
+def test_products_of_groups(architecture, precision, dtype, rows):
+    plan = group_tiles.plan(torch.empty(1, 8, dtype=dtype), rows, 8)
+    block_m, block_n, block_k = plan.tile
+    assert min(block_m, block_n // 2, block_k) >= 16, "a product with two sums has half of BLOCK_N"
+    assert min(grouped_gemm.PAIRS[plan.arch, plan.kind][:3]) >= 16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
