@@ -57,8 +57,8 @@ def moe_mlp(x: Tensor, w_gate_up: Tensor, w_down: Tensor, weights: Tensor, indic
         (T, C) in x's dtype.
 
     Raises:
-        ValueError: shapes or devices that do not fit, or an index that is no expert (on CUDA only with LLMCORE_CHECK=1;
-            that token is NaN there). TypeError: a dtype that is not allowed.
+        ValueError: shapes or devices that do not fit, 2**31 pairs or more, or an index that is no expert (on CUDA only
+            with LLMCORE_CHECK=1; that token is NaN there). TypeError: a dtype that is not allowed.
     """
     for name, tensor, dims, rank in (
         ("x", x, "(T, C)", 2),
