@@ -15,24 +15,25 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import device
 
-# (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) by architecture and kind of product: "half" is bf16 and fp16, fp32 is
-# "ieee" or "tf32". Of a product with two sums, as the gate's and the up's, each has half of BLOCK_N.
+# (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages, programs) by architecture and kind of product: "half" is bf16 and fp16,
+# fp32 is "ieee" or "tf32". programs: how many run at once on a multiprocessor, by their registers and shared memory. Of
+# a product with two sums, as the gate's and the up's, each has half of BLOCK_N.
 ROWS = {
-    ("sm_90", "half"): (128, 256, 64, 8, 4),
-    ("sm_90", "half few"): (64, 256, 64, 4, 4),
-    ("sm_90", "tf32"): (128, 128, 32, 8, 4),
-    ("sm_90", "ieee"): (64, 64, 16, 4, 2),
-    ("sm_80", "half"): (128, 128, 64, 8, 3),
-    ("sm_80", "half few"): (64, 128, 64, 4, 3),
-    ("sm_80", "tf32"): (128, 128, 32, 8, 3),
-    ("sm_80", "ieee"): (64, 64, 16, 4, 2),
-    ("sm_86", "half"): (128, 128, 32, 8, 4),
-    ("sm_86", "half few"): (64, 128, 32, 4, 4),
-    ("sm_86", "tf32"): (64, 128, 32, 8, 3),
-    ("sm_86", "ieee"): (64, 64, 16, 4, 2),
-    (device.INTERPRETER, "half"): (32, 64, 64, 4, 1),
-    (device.INTERPRETER, "ieee"): (32, 64, 64, 4, 1),
-    (device.INTERPRETER, "tf32"): (32, 64, 64, 4, 1),
+    ("sm_90", "half"): (128, 256, 64, 8, 4, 1),
+    ("sm_90", "half few"): (64, 256, 64, 4, 4, 1),
+    ("sm_90", "tf32"): (128, 128, 32, 8, 4, 1),
+    ("sm_90", "ieee"): (64, 64, 16, 4, 2, 3),
+    ("sm_80", "half"): (128, 128, 64, 8, 3, 1),
+    ("sm_80", "half few"): (64, 128, 64, 4, 3, 2),
+    ("sm_80", "tf32"): (128, 128, 32, 8, 3, 1),
+    ("sm_80", "ieee"): (64, 64, 16, 4, 2, 3),
+    ("sm_86", "half"): (128, 128, 32, 8, 4, 1),
+    ("sm_86", "half few"): (64, 128, 32, 4, 4, 2),
+    ("sm_86", "tf32"): (64, 128, 32, 8, 3, 1),
+    ("sm_86", "ieee"): (64, 64, 16, 4, 2, 3),
+    (device.INTERPRETER, "half"): (32, 64, 64, 4, 1, 1),
+    (device.INTERPRETER, "ieee"): (32, 64, 64, 4, 1, 1),
+    (device.INTERPRETER, "tf32"): (32, 64, 64, 4, 1, 1),
 }
 # Groups of fewer rows than this, on the average, go through in the tiles that are for few.
 FEW = 96
@@ -127,12 +128,12 @@ class Plan:
         return self._entry[:3]
 
     @property
-    def _entry(self) -> tuple[int, int, int, int, int]:
+    def _entry(self) -> tuple[int, int, int, int, int, int]:
         few = (self.arch, f"{self.kind} few")
         return ROWS[few if self.few and few in ROWS else (self.arch, self.kind)]
 
     def options(self) -> dict[str, Any]:
-        block_m, block_n, block_k, warps, stages = self._entry
+        block_m, block_n, block_k, warps, stages, _ = self._entry
         return {
             "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages,
             "PRECISION": "tf32" if self.kind == "tf32" else "ieee",
@@ -161,9 +162,9 @@ class Plan:
 
     def programs(self, rows: int, groups: int, columns: int, block_n: int, device_: torch.device) -> int:
         """As many as there can be tiles, or as run at once."""
-        block_m, _, _, warps, _ = self._entry
+        block_m, at_once = self.tile[0], self._entry[-1]
         tiles = (rows // block_m + min(groups, rows)) * triton.cdiv(columns, block_n)
-        return max(min(tiles, device.multiprocessors(device_) * (8 // warps)), 1)
+        return max(min(tiles, device.multiprocessors(device_) * at_once), 1)
 
 
 def plan(x: torch.Tensor, rows: int, groups: int) -> Plan:

@@ -137,7 +137,8 @@ def _gather(x: Tensor, order: Tensor, begin: int, end: int, top_k: int, backend:
     """x of the tokens of the pairs at the places from begin to end, and perhaps zeros after them."""
     count = end - begin
     rows = x.new_empty(few_shapes(count, x.dtype), x.shape[1])
-    rows[count:] = 0
+    if count < len(rows):
+        rows[count:] = 0
     if backend == "torch":
         rows[:count] = x.index_select(0, order[begin:end] // top_k)
     else:
@@ -220,8 +221,9 @@ def _activation_backward(
     """(weights * act, in da's place, dh) of the rows from begin to end, whose dweights are filled in; zeros in the rows
     beyond, which may hold NaN where w_down is not finite."""
     dh = h.new_empty(len(da), h.shape[1])
-    da[end - begin :] = 0
-    dh[end - begin :] = 0
+    if end - begin < len(da):
+        da[end - begin :] = 0
+        dh[end - begin :] = 0
     if backend == "torch":
         pairs = order[begin:end]
         w = weights.flatten()[pairs, None]
