@@ -65,6 +65,12 @@ def plan(op: str, indices: Tensor, experts: int, backend: str) -> Plan:
     return Plan(order.int(), place.where(exists, -1).int(), offsets.int())
 
 
+def sum_pairs(pairs: Tensor, weights: Tensor | None, top_k: int) -> Tensor:
+    """(T, C), the sum of each token's pairs (P, C), times their weights (T, k): in float32 or float64."""
+    wide = pairs.to(torch.promote_types(pairs.dtype, torch.float32)).unflatten(0, (-1, top_k))
+    return (wide if weights is None else wide * weights[..., None]).sum(1)
+
+
 def few_shapes(rows: int, dtype: torch.dtype) -> int:
     """At least `rows`, at most an eighth more. On the CPU a product in 16 bits of a shape that was never seen before
     costs 1 to 2 ms more, for which oneDNN compiles it, and groups are never of one size for long."""

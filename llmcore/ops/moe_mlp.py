@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llmcore.ops import _checks, _native
 from llmcore.ops._dispatch import Op, resolve
-from llmcore.ops._experts import empty_plan, few_shapes, groups, plan, product_into, zero_of_no_rows
+from llmcore.ops._experts import empty_plan, few_shapes, groups, plan, product_into, sum_pairs, zero_of_no_rows
 from llmcore.ops._library import operator, public
 from llmcore.ops.swiglu import _swiglu
 
@@ -152,10 +152,8 @@ def _gather(x: Tensor, order: Tensor, begin: int, end: int, top_k: int, backend:
 def _combine(out: Tensor, place: Tensor, weights: Tensor | None, top_k: int, y: Tensor, backend: str) -> None:
     """y[t] = the sum of out (P, C) over t's pairs, times their weights; NaN where a pair has no place."""
     if backend == "torch":
-        wide = out.dtype if out.dtype == torch.float64 else torch.float32
-        rows = out.index_select(0, place.clamp(min=0)).to(wide).masked_fill_((place < 0)[:, None], torch.nan)
-        pairs = rows.view(-1, top_k, out.shape[1])
-        y.copy_((pairs if weights is None else pairs * weights[..., None]).sum(1))
+        rows = out.index_select(0, place.clamp(min=0)).masked_fill_((place < 0)[:, None], torch.nan)
+        y.copy_(sum_pairs(rows, weights, top_k))
         return
     _native.module(backend).moe_combine(
         out.data_ptr(), place.data_ptr(), _native.ptr(weights), y.data_ptr(), *y.shape, top_k, _native.code(y)
