@@ -22,7 +22,8 @@ def save(model: Decoder, path: str | os.PathLike[str], format: str = foreign.OWN
 
     Raises:
         FileExistsError: the directory already holds a model; nothing is overwritten.
-        ValueError: the format is unknown, or cannot say what this model computes.
+        ValueError: the format is unknown, or cannot say what this model computes; or the model has a part of its
+            experts only.
     """
     write(model.state_dict(), model.config, path, format)
 
@@ -33,6 +34,7 @@ def write(
     """As `save`, from the model's state dict."""
     folder, architecture = Path(path), foreign.choose(format, config)
     files.require_free(folder)
+    _require_experts(weights, config)
     state = dict(weights)
     if config.tie_word_embeddings:
         state[HEAD] = state[EMBEDDING]
@@ -82,6 +84,15 @@ def load(path: str | os.PathLike[str]) -> Decoder:
     model.tie_weights()
     model.reset_buffers(torch.device("cpu"))
     return model
+
+
+def _require_experts(weights: dict[str, Tensor], config: ModelConfig) -> None:
+    for name, tensor in weights.items():
+        if ".experts." in name and tensor.shape[0] != config.num_experts:
+            raise ValueError(
+                f"save: {name} has {tensor.shape[0]} of the {config.num_experts} experts; save on one rank inside "
+                "`with llmcore.nn.expert_parallel.gather_experts(model):`, which all ranks enter."
+            )
 
 
 def _require_fit(state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], source: Path) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from llmcore import models
+from llmcore.nn.expert_parallel import gradient_norm, require_whole, unshared
 from llmcore.train.average import Average
 from llmcore.train.checkpoint import OPTIMIZER, CheckpointError, Snapshot, weights_of
 from llmcore.train.config import ConfigError, TrainConfig
@@ -76,7 +77,8 @@ class Engine:
         parameters = list(self.model.parameters())
         if self.scale is not None:
             self.scale.unscale(parameters)
-        norm = nn.utils.clip_grad_norm_(parameters, self.config.optimizer.grad_clip or math.inf)
+        norm = gradient_norm(self.model)
+        nn.utils.clip_grads_with_norm_(parameters, self.config.optimizer.grad_clip or math.inf, norm)
         bad = (~norm.isfinite()).float()
         self.optimizer.set_learning_rate(lr)
         self.optimizer.step(skip=bad)
@@ -125,7 +127,9 @@ class Engine:
         return torch.stack([p.detach().abs().max() for p in self.model.parameters()]).max().item()
 
     def snapshot(self) -> Snapshot:
-        """All that a checkpoint holds, on the CPU of rank 0 and apart from what goes on changing; empty elsewhere."""
+        """All that a checkpoint holds, on the CPU of rank 0 and apart from what goes on changing; empty elsewhere.
+        Raises ValueError where the experts are shared out to ranks."""
+        require_whole(self.model, "snapshot")
         average = None
         if self.average is not None:
             with self.averaged():
@@ -133,7 +137,9 @@ class Engine:
         return Snapshot(self._weights(), self._moments(), average, self._scale_state())
 
     def restore(self, checkpoint: Path, scale: dict[str, float] | None) -> None:
-        """Take over a verified checkpoint of the same model. The average starts from the weights if it has none."""
+        """Take over a verified checkpoint of the same model. The average starts from the weights if it has none.
+        Raises ValueError where the experts are shared out to ranks."""
+        require_whole(self.model, "restore")
         try:
             if self.average is not None:
                 with self.averaged():
@@ -206,8 +212,9 @@ def replicate(model: models.Decoder, seq_len: int) -> DistributedDataParallel:
 
     DDP groups the gradients anew after its first backward, in the order in which they came. Sums of three ranks and
     more round differently in other groups, so that a run which was resumed would part from one that was not. Two
-    backward passes of a zero loss bring this before the first step.
+    backward passes of a zero loss bring this before the first step. Experts that are shared out to ranks stay theirs.
     """
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, unshared(model))
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
     tokens = torch.zeros(1, seq_len, dtype=torch.int64, device=next(model.parameters()).device)
     for _ in range(2):

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from llmcore import models
 from llmcore.models.files import WEIGHTS
+from llmcore.nn.expert_parallel import require_whole
 from llmcore.train.average import Average
 from llmcore.train.config import ConfigError, TrainConfig
 from llmcore.train.distributed import World
@@ -43,6 +44,7 @@ SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # th
 
 class ZeroEngine(Engine):
     def __init__(self, model: models.Decoder, config: TrainConfig, plan: Plan, world: World) -> None:
+        require_whole(model, "deepspeed")
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         # collectives through shared memory are compiled when first used, and gloo does without
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
