@@ -167,18 +167,18 @@ def _copies(group: dist.ProcessGroup) -> dist.ProcessGroup | None:
 
 
 def gather_experts(model: nn.Module) -> ExitStack:
-    """Puts all experts back into each layer that `shard_experts` has left a part of; all ranks must call it. They are
-    copies, for which each rank needs the memory: an optimizer goes on with the parts.
+    """Puts all experts back into each layer that `shard_experts` has left a part of; all ranks must call it, and each
+    needs the memory for all of them. They are copies: an optimizer and DDP still hold the parts.
 
     Returns:
         What puts the parts back when it is closed: `with gather_experts(model): ...` saves a model that is in training.
     """
-    parts = ExitStack()
-    for module in model.modules():
-        if isinstance(module, MoE) and isinstance(module.experts, ShardedExperts):
-            parts.callback(setattr, module, "experts", module.experts)
-            module.experts = module.experts.gather()
-    return parts
+    with ExitStack() as parts:
+        for module in model.modules():
+            if isinstance(module, MoE) and isinstance(module.experts, ShardedExperts):
+                parts.callback(setattr, module, "experts", module.experts)
+                module.experts = module.experts.gather()
+        return parts.pop_all()
 
 
 def require_whole(model: nn.Module, who: str) -> None:
@@ -204,14 +204,15 @@ def gradient_norm(model: nn.Module) -> Tensor:
         norm = nn.utils.get_total_norm(its_gradients)
         if group is not None:
             parts = norm.new_empty(group.size())
-            dist.all_gather(list(parts.unbind()), norm, group=group)
+            dist.all_gather(list(parts.chunk(len(parts))), norm[None], group=group)
             norm = parts.norm()
         norms.append(norm)
     return norms[0] if len(norms) == 1 else nn.utils.get_total_norm(norms)
 
 
 def unshared(model: nn.Module) -> list[str]:
-    """The names of the parameters that differ between the ranks, which DDP must not average."""
+    """The names of the parameters that differ between the ranks, which DDP must neither overwrite nor average: those
+    that `DistributedDataParallel._set_params_and_buffers_to_ignore_for_model` takes before the model is wrapped."""
     return [
         f"{name}.{weight}"
         for name, module in model.named_modules()

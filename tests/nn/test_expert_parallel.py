@@ -115,7 +115,7 @@ CONFIG = TrainConfig(
     seq_len=12,
     model={
         "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
+        "moe_intermediate_size": 16, "initializer_range": 0.1,
     },
 )  # fmt: skip
 CONFIG.optimizer.grad_clip = 0.25
@@ -169,7 +169,7 @@ def test_training(tmp_path):
     saved, trained = models.load(tmp_path / "saved").state_dict(), model.state_dict()
     for rank in range(4):
         start, its_norms, state, names = torch.load(tmp_path / f"{rank}.pt")
-        torch.testing.assert_close(its_norms, norms, rtol=1e-4, atol=0)
+        torch.testing.assert_close(its_norms, norms, rtol=2e-5, atol=0)
         for name, value in state.items():
             part = mine(4, rank, 2) if name in names else slice(None)
             assert torch.equal(start[name], begin[name][part]), name
