@@ -18,7 +18,7 @@ import torch
 
 import train_minimal
 from llmcore.data import Prefetch
-from llmcore.train import distributed
+from llmcore.train import distributed, engine
 from llmcore.train.optimizer import Optimizers
 from llmcore.train.progress import Meter
 
@@ -29,7 +29,8 @@ FIRST = 20  # steps that do not count: the allocator and the caches are cold
 PARTS = (
     ("batch", Prefetch, "__call__"),
     ("forward and backward", train_minimal, "forward_backward"),
-    ("clip", torch.nn.utils, "clip_grad_norm_"),
+    ("clip", engine, "gradient_norm"),
+    ("clip", torch.nn.utils, "clip_grads_with_norm_"),
     ("optimizer", Optimizers, "step"),
     ("optimizer", Optimizers, "zero_grad"),
     ("outside", distributed, "seed_step"),
