@@ -15,6 +15,7 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
+from llmcore.models import PRESETS
 from llmcore.train.config import ConfigError, DataConfig, LogConfig, OptimizerConfig, SampleConfig, TrainConfig
 
 GROUPS: dict[str, Any] = {"data": DataConfig, "optimizer": OptimizerConfig, "log": LogConfig, "sample": SampleConfig}
@@ -117,7 +118,7 @@ def _check_keys(content: dict[str, Any], source: str) -> None:
 
 def _check_option(name: str) -> None:
     known = ["help", "config", "print_config", *_keys()]
-    if name not in known and not name.startswith("model."):
+    if name == "model.preset" or (name not in known and not name.startswith("model.")):
         raise ConfigError(f"unknown option --{name}{_did_you_mean(name, known, '--')}")
 
 
@@ -148,6 +149,8 @@ def _sentence(message: str) -> str:
     given = re.search(r"(?:Got value|Given value): (.*)", message)
     type_hint = _type_of(key[1]) if key else None
     if key and given and type_hint is not None:
+        if key[1] == "model" and given[1] in PRESETS:
+            return f"model is {given[1]!r}; allowed is {_allowed(type_hint)}; did you mean --preset {given[1]}?"
         return f"{key[1]} is {given[1]!r}; allowed is {_allowed(type_hint)}."
     missing = re.match(r"argument (--[\w.]+): expected one argument", message)
     if missing:

@@ -159,6 +159,8 @@ def test_exit_code_and_one_line(name: str, results: dict[str, subprocess.Complet
         (["--out_dir", f"{__file__}/runs"], "is no folder"),
         (["--resume", "r" * 300], "there is no checkpoint rrr"),
         (["--model", "5"], "model is '5'; allowed is a set of keys and values."),
+        (["--model", "tiny_moe"], "allowed is a set of keys and values; did you mean --preset tiny_moe?"),
+        (["--model.preset", "tiny_moe"], "unknown option --model.preset; did you mean --preset?"),
     ],
     ids=lambda value: value[0].strip("-") if isinstance(value, list) else "",
 )
