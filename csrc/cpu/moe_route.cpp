@@ -63,17 +63,25 @@ LLMCORE_INLINE float score(const T* logits, bool is_sigmoid, Token& t) {
     });
 }
 
-// Of the keys, the place of the first of the largest.
-LLMCORE_INLINE int64_t first_of_largest(const int32_t* keys, int64_t padded) {
-    vi best = load_bits<vi>(keys), vector{};
-    for (int64_t e = VL; e < padded; e += VL) {
-        const vi key = load_bits<vi>(keys + e), better = key > best;
+struct Choice {
+    int32_t key, place;
+};
+
+// Of the keys that come after `last`, by size and then by place, the first. Nothing is written down: a store whose place is
+// known late would hold up the loads of the next token.
+LLMCORE_INLINE Choice next_largest(const int32_t* keys, int64_t padded, Choice last) {
+    vi best = broadcast_int(kShut), place = broadcast_int(INT_MAX);
+    for (int64_t e = 0; e < padded; e += VL) {
+        const vi key = load_bits<vi>(keys + e), here = lane_numbers() + int32_t(e);
+        const vi better = (key > best) & ((key < last.key) | ((key == last.key) & (here > last.place)));
         best = select(better, key, best);
-        vector = select(better, broadcast_int(int32_t(e)), vector);
+        place = select(better, here, place);
     }
-    const vi behind = select(best == broadcast_int(reduce_max(best)), -(vector + lane_numbers()), broadcast_int(INT_MIN));
-    return -int64_t(reduce_max(behind));
+    const int32_t most = reduce_max(best);
+    return {most, -reduce_max(select(best == most, -place, broadcast_int(INT_MIN)))};
 }
+
+constexpr Choice kNone = {INT_MAX, -1};
 
 // Sum of a group's two largest, or its only one; a NaN counts as the largest.
 LLMCORE_INLINE float two_best(const float* ranked, int64_t count) {
@@ -94,10 +102,10 @@ LLMCORE_INLINE float two_best(const float* ranked, int64_t count) {
 void shut_groups(Token& t, const float* ranked, int32_t* groups, int64_t num_groups, int64_t top_groups) {
     const int64_t size = t.experts / num_groups, padded = (num_groups + VL - 1) / VL * VL;
     for (int64_t g = 0; g < padded; g++) groups[g] = g < num_groups ? key_of(two_best(ranked + g * size, size)) : kShut;
-    for (int64_t n = 0; n < top_groups; n++) groups[first_of_largest(groups, padded)] = kShut;
-    // Those that are left open here were not chosen.
+    Choice last = kNone;
+    for (int64_t n = 0; n < top_groups; n++) last = next_largest(groups, padded, last);
     for (int64_t g = 0; g < num_groups; g++)
-        if (groups[g] != kShut)
+        if (groups[g] < last.key || (groups[g] == last.key && g > last.place))
             for (int64_t e = g * size; e < (g + 1) * size; e++) t.keys[e] = kShut;
 }
 
@@ -126,9 +134,10 @@ void moe_route_fwd(const void* logits, const float* bias, float* weights, int64_
                 float* const w = weights + token * top_k;
                 int64_t* const chosen = indices + token * top_k;
                 float sum = 0.0f;
+                Choice last = kNone;
                 for (int64_t j = 0; j < top_k; j++) {
-                    chosen[j] = first_of_largest(t.keys, t.padded);
-                    t.keys[chosen[j]] = kShut;
+                    last = next_largest(t.keys, t.padded, last);
+                    chosen[j] = last.place;
                     w[j] = t.scores[chosen[j]] * factor;
                     sum += w[j];
                 }

@@ -59,6 +59,8 @@ def grouped_gemm(x: Tensor, w: Tensor, group_sizes: Tensor) -> Tensor:
         )
     _checks.shape("grouped_gemm", "group_sizes", group_sizes, "(E,)", (w.shape[0],))
     _checks.like("grouped_gemm", "group_sizes", group_sizes, "x", x, dtype=False)
+    if x.shape[0] >= 2**31:
+        raise ValueError(f"grouped_gemm: x has {x.shape[0]} rows; allowed: fewer than 2**31.")
     return _grouped_gemm(x, w, group_sizes, resolve("grouped_gemm", x))
 
 

@@ -114,3 +114,10 @@ def test_bad_arguments(change, error, words):
     with pytest.raises(error) as caught:
         ops.grouped_gemm(**arguments)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_more_rows_than_int32_reaches():
+    with torch.device("meta"):
+        arguments = torch.empty(2**31, 4), torch.empty(2, 3, 4), torch.empty(2, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"^grouped_gemm: x has 2147483648 rows; allowed: fewer than 2\*\*31\.$"):
+        ops.grouped_gemm(*arguments)
