@@ -166,7 +166,8 @@ def train(
 
 def forward_backward(engine: Engine, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
     """This rank's share of the mean loss over all tokens of the step, and its gradient. The mean of the ranks' shares
-    is the loss, whatever the number of ranks and of forward passes."""
+    is the loss, whatever the number of ranks and of forward passes. The gradient is also that of what balances experts,
+    which the loss is without."""
     config, world = engine.config, engine.world
     pairs = list(zip(inputs.split(config.batch_size), targets.split(config.batch_size), strict=True))
     tokens = torch.stack([(y != -100).sum() for _, y in pairs])
@@ -177,7 +178,7 @@ def forward_backward(engine: Engine, inputs: Tensor, targets: Tensor, step: int)
         with engine.micro_step(last=i == len(pairs) - 1):
             loss = engine.loss(x, y) * weights[i]
             engine.backward(loss)
-        total += loss.detach()
+        total += loss.detach() - engine.routing_loss * weights[i]
     return total
 
 

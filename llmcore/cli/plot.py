@@ -9,7 +9,8 @@ from typing import Any
 CURVES = {
     "loss": "training loss, nats per token", "val_bpb": "held-out text, bits per byte", "lr": "learning rate",
     "grad_norm": "gradient norm", "tokens_per_second": "tokens a second", "tflops": "TFLOP/s",
-    "mfu": "MFU, share of the peak", "memory_gb": "largest memory, GB",
+    "mfu": "MFU, share of the peak", "memory_gb": "largest memory, GB", "routing_loss": "loss that balances experts",
+    "expert_load": "largest load of an expert / mean", "expert_entropy": "entropy of the loads / largest",
 }  # fmt: skip
 
 

@@ -49,7 +49,8 @@ def write(
 
 
 def load(path: str | os.PathLike[str]) -> Decoder:
-    """Reads the model in the directory `path` onto the CPU, with the dtypes that its weights have there.
+    """Reads the model in the directory `path` onto the CPU, with the dtypes that its weights have there. It is in
+    training mode, as every new module: call `eval()` for a loss without dropout, jitter and what balances experts.
 
     config.json tells the layout: llmcore's own, Hugging Face's (it names a model_type) or state-spaces' (it names a
     d_model). Weights are model.safetensors, pytorch_model.bin, or several files with an index; no code in them is run.

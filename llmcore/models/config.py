@@ -15,6 +15,11 @@ def suggest(given: str, allowed: list[str]) -> str:
 
 MIXERS = ("attention", "mamba", "mamba2")
 FEED_FORWARDS = ("dense", "experts")
+OF_EXPERTS = (
+    "num_experts", "num_experts_per_tok", "moe_intermediate_size", "num_shared_experts", "scoring_func",
+    "norm_topk_prob", "routed_scaling_factor", "num_expert_groups", "num_groups_per_tok", "router_balance_loss",
+    "router_z_loss", "router_jitter", "router_bias_rate",
+)  # fmt: skip
 FROM_ZERO = (
     "dropout",
     "router_jitter",

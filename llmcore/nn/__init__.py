@@ -5,12 +5,12 @@ from llmcore.nn.gated_rms_norm import GatedRMSNorm
 from llmcore.nn.kv_cache import KVCache
 from llmcore.nn.mamba import Mamba, MambaState
 from llmcore.nn.mamba2 import Mamba2
-from llmcore.nn.moe import MoE
+from llmcore.nn.moe import MoE, Routing
 from llmcore.nn.rms_norm import RMSNorm
 from llmcore.nn.rotary_embedding import RotaryEmbedding
 from llmcore.nn.swiglu import SwiGLU
 
 __all__ = [
     "Attention", "GatedRMSNorm", "KVCache", "Mamba", "Mamba2", "MambaState", "MoE", "RMSNorm", "RotaryEmbedding",
-    "SwiGLU",
+    "Routing", "SwiGLU",
 ]  # fmt: skip

@@ -1,5 +1,6 @@
 """MoE: a layer of experts, of which each token uses a few."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from llmcore import ops
 from llmcore.nn.swiglu import SwiGLU
+from llmcore.ops.moe_route import require_choice
 
 
 class Routing(NamedTuple):
@@ -69,8 +71,15 @@ class MoE(nn.Module):
         bias_rate: how much `balance` moves the bias that the experts are chosen with, up for those that get less than
             the mean and down for the others (Wang et al., loss-free balancing, 2024, arXiv:2408.15664); 0: no bias.
 
-    The router computes in float32, whatever x is; so are the bias and `load` (E,), the pairs that each expert got in
-    training since the last `balance`, as whoever calls the module adds them up.
+    The router computes in float32, whatever x is; so is the bias. Raises ValueError for numbers that do not fit. In a
+    loop of one's own:
+
+        y, routing = moe(x)
+        loss = task_loss(y) + routing.loss  # in training, where balance_loss or z_loss is set; else None
+        ...
+        moe.balance(routing.load)  # once a step, where bias_rate is set: the loads of all its passes and ranks, summed
+
+    `load` (E,) is a place for whoever adds up the loads of several passes, as Decoder does; the module leaves it alone.
     """
 
     bias: Tensor | None
@@ -95,6 +104,19 @@ class MoE(nn.Module):
         bias_rate: float = 0.0,
     ) -> None:
         super().__init__()
+        for name, number, least in (
+            ("hidden_size", hidden_size, 1), ("intermediate_size", intermediate_size, 1),
+            ("num_experts", num_experts, 1), ("num_shared_experts", num_shared_experts, 0),
+        ):  # fmt: skip
+            if isinstance(number, bool) or not isinstance(number, int) or number < least:
+                raise ValueError(f"MoE: {name} is {number!r}; allowed: whole numbers from {least}.")
+        for name, rate, limit, words in (
+            ("jitter", jitter, 1, "from 0 to below 1"), ("balance_loss", balance_loss, math.inf, "from 0"),
+            ("z_loss", z_loss, math.inf, "from 0"), ("bias_rate", bias_rate, math.inf, "from 0"),
+        ):  # fmt: skip
+            if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < limit:
+                raise ValueError(f"MoE: {name} is {rate!r}; allowed: numbers {words}.")
+        require_choice("MoE", num_experts, top_k, scoring, num_groups, top_groups, scale)
         self.num_experts, self.top_k, self.scoring, self.normalize = num_experts, top_k, scoring, normalize
         self.num_groups, self.top_groups, self.scale = num_groups, top_groups, scale
         self.jitter, self.balance_loss, self.z_loss, self.bias_rate = jitter, balance_loss, z_loss, bias_rate
@@ -131,7 +153,9 @@ class MoE(nn.Module):
             self.bias = self.bias.float()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """x: (..., C) -> (..., C), and what the routing did."""
+        """x: (..., C) -> (..., C), and what the routing did. Raises ValueError for an x of another width."""
+        if x.dim() == 0 or x.shape[-1] != self.gate.in_features:
+            raise ValueError(f"MoE: x must be (..., {self.gate.in_features}), but its shape is {tuple(x.shape)}.")
         tokens = x.reshape(-1, x.shape[-1])
         logits = self._logits(tokens)
         needs_scores = self.training and self.balance_loss > 0
@@ -156,9 +180,11 @@ class MoE(nn.Module):
         return self.gate(tokens)
 
     def _loss(self, logits: Tensor, scores: Tensor | None, load: Tensor) -> Tensor | None:
-        if not (self.balance_loss or self.z_loss) or logits.shape[0] == 0:
+        if not (self.balance_loss or self.z_loss):
             return None
         loss = logits.new_zeros(())
+        if logits.shape[0] == 0:
+            return loss
         if scores is not None:
             shares = scores if self.scoring == "softmax" else scores / (scores.sum(-1, keepdim=True) + 1e-20)
             frequency = load / load.sum().clamp(min=1)
@@ -169,7 +195,13 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def balance(self, load: Tensor) -> None:
-        """Moves the bias after a step: load (E,) is what each expert got in it, of all ranks. Forgets its own load."""
+        """Moves the bias after a step: load (E,) is what each expert got in it, of all ranks. Forgets its own load.
+        Raises ValueError for a load that is not (E,) of floating-point numbers."""
+        if not isinstance(load, Tensor) or load.shape != (self.num_experts,) or not load.is_floating_point():
+            given = f"{tuple(load.shape)} of {load.dtype}" if isinstance(load, Tensor) else f"a {type(load).__name__}"
+            raise ValueError(
+                f"MoE: balance takes a load (E,) = ({self.num_experts},) of floating-point numbers, but it is {given}."
+            )
         if self.bias is not None:
             self.bias += self.bias_rate * (load.mean() - load).sign()
         self.load.zero_()

@@ -72,8 +72,8 @@ def moe_mlp(x: Tensor, w_gate_up: Tensor, w_down: Tensor, weights: Tensor, indic
     tokens, width = x.shape
     experts, inner = w_down.shape[0], w_down.shape[2]
     for name, tensor, dims, shape in (
-        ("w_gate_up", w_gate_up, "(E, 2F, C) beside x and w_down", (experts, 2 * inner, width)),
         ("w_down", w_down, "(E, C, F) with x's C", (experts, width, inner)),
+        ("w_gate_up", w_gate_up, "(E, 2F, C) beside x and w_down", (experts, 2 * inner, width)),
     ):
         _checks.shape("moe_mlp", name, tensor, dims, shape)
         _checks.like("moe_mlp", name, tensor, "x", x)

@@ -78,6 +78,27 @@ def reference(
     return (weights * scale, indices, scores) if return_scores else (weights * scale, indices)
 
 
+def require_choice(
+    op: str, experts: int, top_k: int, scoring: str, num_groups: int, top_groups: int, scale: float
+) -> None:
+    """Raises ValueError or TypeError for a choice that cannot be made among so many experts."""
+    if scoring not in SCORINGS:
+        raise ValueError(f"{op}: scoring is {scoring!r}; allowed: {', '.join(map(repr, SCORINGS))}.")
+    for name, value in (("top_k", top_k), ("num_groups", num_groups), ("top_groups", top_groups)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{op}: {name} is {value!r}; allowed: whole numbers from 1.")
+    if experts % num_groups:
+        raise ValueError(f"{op}: num_groups is {num_groups}; allowed: a divisor of the {experts} experts.")
+    if top_groups > num_groups:
+        raise ValueError(f"{op}: top_groups is {top_groups}; allowed: 1 to num_groups = {num_groups}.")
+    open_experts = experts if num_groups == 1 else experts // num_groups * top_groups
+    if top_k > open_experts:
+        raise ValueError(f"{op}: top_k is {top_k}; allowed: 1 to the {open_experts} experts to choose from.")
+    _checks.number(op, "scale", scale)
+    if not -LARGEST <= scale <= LARGEST:  # not math.isfinite, which torch.compile cannot trace
+        raise ValueError(f"{op}: scale is {scale}; allowed: finite numbers of float32.")
+
+
 @public(reference)
 def moe_route(
     logits: Tensor,
@@ -113,21 +134,7 @@ def moe_route(
     _checks.floating("moe_route", "logits", logits)
     _checks.rank("moe_route", "logits", logits, "(T, E)", 2)
     experts = logits.shape[1]
-    if scoring not in SCORINGS:
-        raise ValueError(f"moe_route: scoring is {scoring!r}; allowed: {', '.join(map(repr, SCORINGS))}.")
-    for name, value in (("top_k", top_k), ("num_groups", num_groups), ("top_groups", top_groups)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"moe_route: {name} is {value!r}; allowed: whole numbers from 1.")
-    if experts % num_groups:
-        raise ValueError(f"moe_route: num_groups is {num_groups}; allowed: a divisor of the {experts} experts.")
-    if top_groups > num_groups:
-        raise ValueError(f"moe_route: top_groups is {top_groups}; allowed: 1 to num_groups = {num_groups}.")
-    open_experts = experts if num_groups == 1 else experts // num_groups * top_groups
-    if top_k > open_experts:
-        raise ValueError(f"moe_route: top_k is {top_k}; allowed: 1 to the {open_experts} experts to choose from.")
-    _checks.number("moe_route", "scale", scale)
-    if not -LARGEST <= scale <= LARGEST:  # not math.isfinite, which torch.compile cannot trace
-        raise ValueError(f"moe_route: scale is {scale}; allowed: finite numbers of float32.")
+    require_choice("moe_route", experts, top_k, scoring, num_groups, top_groups, scale)
     if bias is not None:
         _checks.floating("moe_route", "bias", bias)
         _checks.shape("moe_route", "bias", bias, "(E,)", (experts,))

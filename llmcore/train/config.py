@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from llmcore.models import ModelConfig
+from llmcore.models.config import OF_EXPERTS
 
 
 class ConfigError(ValueError):
@@ -87,9 +88,9 @@ class TrainConfig:
     """The run."""
 
     preset: str = "tiny"
-    """Model preset."""
+    """Model preset: tiny, tiny_mamba, tiny_mamba2, tiny_hybrid, tiny_moe, or a larger one of llmcore.models.PRESETS."""
     model: dict[str, Any] = field(default_factory=dict)
-    """Fields of the preset to change, such as --model.num_hidden_layers 6."""
+    """Fields of the preset to change, such as --model.num_hidden_layers 6; llmcore.models.ModelConfig explains them."""
     engine: Literal["auto", "single", "ddp", "deepspeed"] = "auto"
     """Who shares the work: one process; DDP, each with a copy of the model; DeepSpeed, which shards it (ZeRO). Auto is
     deepspeed where `deepspeed` names a file, ddp for several processes, single for one."""
@@ -280,6 +281,13 @@ def model_config(config: TrainConfig) -> ModelConfig:
         result = ModelConfig.from_preset(config.preset, **config.model)
     except (TypeError, ValueError) as error:
         raise ConfigError(str(error)) from error
+    of_experts = [name for name in config.model if name in OF_EXPERTS]
+    of_experts += ["feed_forward_pattern"] if "experts" in config.model.get("feed_forward_pattern", ()) else []
+    if of_experts and not any(map(result.has_experts, range(result.num_hidden_layers))):
+        raise ConfigError(
+            f"model.{of_experts[0]} is given, but no layer of this model has experts; they come with "
+            "--model.feed_forward_pattern '[\"experts\"]' in layers that have a feed-forward."
+        )
     if result.vocab_size < 256:
         raise ConfigError(f"model.vocab_size is {result.vocab_size}; allowed is at least 256, one token per byte.")
     limit = f"model.max_position_embeddings = {result.max_position_embeddings}"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from llmcore import models
+from llmcore.models.decoder import DecoderOutput
 from llmcore.nn.expert_parallel import gradient_norm, require_whole, unshared
 from llmcore.train.average import Average
 from llmcore.train.checkpoint import OPTIMIZER, CheckpointError, Snapshot, weights_of
@@ -49,6 +50,8 @@ class Engine:
     def __init__(self, model: models.Decoder, config: TrainConfig, plan: Plan, world: World) -> None:
         self.model, self.config, self.world = model.to(world.device), config, world
         self.expert_load: Tensor | None = None
+        self.routing_loss = self.routing_losses = torch.zeros((), device=world.device)
+        self.passes = 0
         self.optimizer: Optimizers = build_optimizer(self.model, config.optimizer)
         self.average = self._start_average()
         self.scale = LossScale(world.device) if plan.precision == "fp16" else None
@@ -57,9 +60,18 @@ class Engine:
         self.parallel: nn.Module = replicate(self.model, config.seq_len) if plan.engine == "ddp" else self.model
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss of tokens (B, T). Without gradients ranks need not meet here."""
+        """The mean loss of tokens (B, T). Without gradients ranks need not meet here. Of it `routing_loss` is what
+        balances experts, until the next call."""
         with self.autocast:
-            return (self.parallel if torch.is_grad_enabled() else self.model)(inputs, targets).loss
+            return self._loss_of((self.parallel if torch.is_grad_enabled() else self.model)(inputs, targets))
+
+    def _loss_of(self, output: DecoderOutput) -> Tensor:
+        assert output.loss is not None  # there are targets
+        routing = output.routing_loss
+        self.routing_loss = torch.zeros_like(output.loss) if routing is None else routing.detach()
+        if torch.is_grad_enabled():
+            self.routing_losses, self.passes = self.routing_losses + self.routing_loss, self.passes + 1
+        return output.loss
 
     def micro_step(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Around a forward and backward pass; ranks meet in the `last` one of a step only."""
@@ -100,13 +112,17 @@ class Engine:
 
     def read_experts(self) -> dict[str, float]:
         """How evenly experts were used since the last reading, the worst layer's: the largest load by the mean one, and
-        the entropy of the loads by that of even ones. Empty without experts."""
-        load, self.expert_load = self.expert_load, None
+        the entropy of the loads by that of even ones; and the mean of what balances them in the loss. Empty without
+        experts. All ranks must call it."""
+        load, losses, passes = self.expert_load, self.routing_losses, self.passes
+        self.expert_load, self.routing_losses, self.passes = None, torch.zeros_like(losses), 0
         if load is None:
             return {}
+        routing_loss = (self.world.sum(losses) / (passes * self.world.size)).item()
         shares = load / load.sum(-1, keepdim=True).clamp(min=1)
         entropy = torch.special.entr(shares).sum(-1) / math.log(max(load.shape[1], 2))
-        return {"expert_load": (shares.amax(-1) * load.shape[1]).max().item(), "expert_entropy": entropy.min().item()}
+        largest = (shares.amax(-1) * load.shape[1]).max()
+        return {"routing_loss": routing_loss, "expert_load": largest.item(), "expert_entropy": entropy.min().item()}
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:

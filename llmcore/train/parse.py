@@ -15,9 +15,10 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
-from llmcore.models import PRESETS
+from llmcore.models import PRESETS, ModelConfig
 from llmcore.train.config import ConfigError, DataConfig, LogConfig, OptimizerConfig, SampleConfig, TrainConfig
 
+MODEL_FIELDS = [item.name for item in fields(ModelConfig)]
 GROUPS: dict[str, Any] = {"data": DataConfig, "optimizer": OptimizerConfig, "log": LogConfig, "sample": SampleConfig}
 NOT_INHERITED = ("out_dir", "name", "resume", "dry_run")  # by a run that goes on from another
 
@@ -118,6 +119,8 @@ def _check_keys(content: dict[str, Any], source: str) -> None:
 
 def _check_option(name: str) -> None:
     known = ["help", "config", "print_config", *_keys()]
+    if name in MODEL_FIELDS and name not in known:
+        raise ConfigError(f"unknown option --{name}; did you mean --model.{name}?")
     if name == "model.preset" or (name not in known and not name.startswith("model.")):
         raise ConfigError(f"unknown option --{name}{_did_you_mean(name, known, '--')}")
 

@@ -52,6 +52,8 @@ class ZeroEngine(Engine):
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.*")
         self.model, self.config, self.world = model, config, world
         self.expert_load: Tensor | None = None
+        self.routing_loss = self.routing_losses = torch.zeros((), device=world.device)
+        self.passes = 0
         assert plan.zero is not None
         self.stage, self.fp16 = plan.zero.stage, plan.precision == "fp16"
         if plan.zero.offload_optimizer:  # which then runs on this process's share of the processors
@@ -74,7 +76,7 @@ class ZeroEngine(Engine):
         self.average = self._start_average()
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return self.zero(inputs, targets).loss
+        return self._loss_of(self.zero(inputs, targets))
 
     def micro_step(self, last: bool) -> contextlib.AbstractContextManager[None]:
         self.zero.set_gradient_accumulation_boundary(last)

@@ -121,7 +121,9 @@ def test_one_token_and_none():
     moe = layer(num_shared_experts=1)
     assert moe(torch.randn(16))[0].shape == (16,)
     y, routing = moe(torch.randn(0, 16))
-    assert y.shape == (0, 16) and routing.load.sum() == 0
+    assert y.shape == (0, 16) and routing.load.sum() == 0 and routing.loss is None
+    _, routing = layer(balance_loss=0.1)(torch.randn(0, 16))
+    assert routing.loss == 0
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -155,3 +157,37 @@ def test_the_router_is_a_module_that_can_be_hooked_and_replaced():
     moe.gate.register_forward_hook(lambda module, args, logits: seen.append(logits))
     moe(torch.randn(3, 16))
     assert len(seen) == 1 and seen[0].shape == (3, 6)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"top_k": 9}, "MoE: top_k is 9; allowed: 1 to the 6 experts to choose from."),
+        ({"top_k": 0}, "MoE: top_k is 0; allowed: whole numbers from 1."),
+        ({"num_experts": 0}, "MoE: num_experts is 0; allowed: whole numbers from 1."),
+        ({"hidden_size": 64.0}, "MoE: hidden_size is 64.0; allowed: whole numbers from 1."),
+        ({"num_shared_experts": -1}, "MoE: num_shared_experts is -1; allowed: whole numbers from 0."),
+        ({"scoring": "x"}, "MoE: scoring is 'x'; allowed: 'softmax', 'sigmoid'."),
+        ({"num_groups": 4}, "MoE: num_groups is 4; allowed: a divisor of the 6 experts."),
+        ({"jitter": 1.5}, "MoE: jitter is 1.5; allowed: numbers from 0 to below 1."),
+        ({"z_loss": -1.0}, "MoE: z_loss is -1.0; allowed: numbers from 0."),
+        ({"bias_rate": -0.1}, "MoE: bias_rate is -0.1; allowed: numbers from 0."),
+    ],
+)
+def test_bad_arguments(options, words):
+    with pytest.raises(ValueError) as caught:
+        layer(**options)
+    assert str(caught.value) == words
+
+
+def test_bad_inputs():
+    moe = layer(bias_rate=0.1)
+    with pytest.raises(ValueError, match=r"^MoE: x must be \(\.\.\., 16\), but its shape is \(2, 15\)\.$"):
+        moe(torch.randn(2, 15))
+    for load, given in (
+        (torch.zeros(5), r"\(5,\) of torch.float32"),
+        (torch.zeros(6).long(), r"\(6,\) of torch.int64"),
+        (moe(torch.randn(2, 16))[1], "a Routing"),
+    ):
+        with pytest.raises(ValueError, match=rf"^MoE: balance takes a load \(E,\) = \(6,\) .* but it is {given}\.$"):
+            moe.balance(load)

@@ -257,9 +257,13 @@ def test_weights_that_are_not_finite_spoil_no_gradient_of_their_own(backend):
             "w_gate_up must be (E, 2F, C) beside x and w_down = (4, 12, 8)",
         ),
         ({"w_gate_up": torch.ones(12, 8)}, ValueError, "w_gate_up must be (E, 2F, C), but its shape is (12, 8)"),
-        ({"w_down": torch.ones(4, 6, 8)}, ValueError, "(4, 16, 8)"),
+        (
+            {"w_down": torch.ones(4, 6, 8)},
+            ValueError,
+            "w_down must be (E, C, F) with x's C = (4, 8, 8), but its shape is (4, 6, 8)",
+        ),
         ({"w_down": torch.ones(4, 8, 6).half()}, TypeError, "w_down has dtype float16, but x has float32"),
-        ({"x": torch.ones(3, 8, device="meta")}, ValueError, "w_gate_up is on cpu, but x is on meta"),
+        ({"x": torch.ones(3, 8, device="meta")}, ValueError, "w_down is on cpu, but x is on meta"),
     ],
 )
 def test_bad_arguments(change, error, words):

@@ -123,6 +123,7 @@ def test_experts_balance_by_the_load_of_all_ranks(
     given, expected, resumed = tmp_path / "given", tmp_path / "one", tmp_path / "resumed"
     assert_same_training(given, expected)
     lines = [line for line in read_log(given) if "loss" in line]
+    assert all(line["routing_loss"] == 0 for line in lines)
     assert all(1 <= line["expert_load"] <= 4 and 0 < line["expert_entropy"] <= 1 for line in lines)
     mine, theirs = (models.load(run / "final").state_dict() for run in (given, expected))
     biases = [name for name in mine if name.endswith("mlp.bias")]
@@ -136,6 +137,14 @@ def test_experts_balance_by_the_load_of_all_ranks(
     result = run_script(torchrun(ranks), ["--resume", str(resumed)])
     assert result.returncode == 0, result.stderr
     assert same_bits(resumed / "step_9", given / "step_9")
+
+
+def test_what_balances_experts_is_logged_apart(small: list[str], tmp_path: Path):
+    small += [f"--model.{name}={value}" for name, value in {**EXPERTS, "router_balance_loss": 0.9}.items()]
+    argv = options(small, tmp_path, 0, 1)
+    assert train_minimal.main([*argv, "--engine", "single", "--name", "run"]) == 0
+    lines = [line for line in read_log(tmp_path / "run") if "loss" in line]
+    assert lines and all(line["loss"] < 6 and 1.6 < line["routing_loss"] < 3 for line in lines)
 
 
 def layout(checkpoint: Path) -> dict[str, list[str]]:

@@ -160,6 +160,12 @@ def test_exit_code_and_one_line(name: str, results: dict[str, subprocess.Complet
         (["--resume", "r" * 300], "there is no checkpoint rrr"),
         (["--model", "5"], "model is '5'; allowed is a set of keys and values."),
         (["--model", "tiny_moe"], "allowed is a set of keys and values; did you mean --preset tiny_moe?"),
+        (["--num_experts", "8"], "unknown option --num_experts; did you mean --model.num_experts?"),
+        (["--model.num_experts", "8"], "model.num_experts is given, but no layer of this model has experts"),
+        (
+            ["--preset", "tiny_mamba", "--model.feed_forward_pattern", "[experts]"],
+            "model.feed_forward_pattern is given, but no layer of this model has experts",
+        ),
         (["--model.preset", "tiny_moe"], "unknown option --model.preset; did you mean --preset?"),
     ],
     ids=lambda value: value[0].strip("-") if isinstance(value, list) else "",
