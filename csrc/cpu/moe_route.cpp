@@ -22,12 +22,6 @@ LLMCORE_INLINE vi key_of(vf x) {
 
 LLMCORE_INLINE int32_t key_of(float x) { return key_of(broadcast(x))[0]; }
 
-LLMCORE_INLINE vi lane_numbers() {
-    vi x;
-    for (int i = 0; i < VL; ++i) x[i] = i;
-    return x;
-}
-
 LLMCORE_INLINE vi first_keys(vi keys, Whole) { return keys; }
 LLMCORE_INLINE vi first_keys(vi keys, int n) { return select(lane_numbers() < broadcast_int(n), keys, broadcast_int(kShut)); }
 

@@ -29,12 +29,16 @@ LLMCORE_INLINE void store(T* p, vf x, Whole) {
     store(p, x);
 }
 
+LLMCORE_INLINE vi lane_numbers() {
+    vi x;
+    for (int i = 0; i < VL; ++i) x[i] = i;
+    return x;
+}
+
 // beyond the first lanes zeros, or `rest`, whatever stands there
 LLMCORE_INLINE vf first(vf x, Whole, vf = zero()) { return x; }
 LLMCORE_INLINE vf first(vf x, int n, vf rest = zero()) {
-    vi lane;
-    for (int i = 0; i < VL; i++) lane[i] = i;
-    return select(lane < broadcast_int(n), x, rest);
+    return select(lane_numbers() < broadcast_int(n), x, rest);
 }
 
 LLMCORE_INLINE void store_halves(void* p, vh x, Whole) { store_bits(p, x); }

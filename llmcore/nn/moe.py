@@ -79,7 +79,7 @@ class MoE(nn.Module):
         ...
         moe.balance(routing.load)  # once a step, where bias_rate is set: the loads of all its passes and ranks, summed
 
-    `load` (E,) is a place for whoever adds up the loads of several passes, as Decoder does; the module leaves it alone.
+    `load` (E,) is a place for whoever adds up the loads of several passes, as Decoder does; `balance` empties it.
     """
 
     bias: Tensor | None
