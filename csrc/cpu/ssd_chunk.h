@@ -141,9 +141,7 @@ __attribute__((noinline)) void store_state(const Problem& p, const float* h, con
 
 // lanes 0 to n: n may be any number
 LLMCORE_INLINE vi lanes_up_to(int n) {
-    vi lane;
-    for (int i = 0; i < VL; i++) lane[i] = i;
-    return lane <= n;
+    return lane_numbers() <= n;
 }
 
 // exp(sum), but 0 below 1e-30: beside a float that any step adds it is nothing, and the processor takes a hundred times as long for
